@@ -1,0 +1,146 @@
+"""Pre-trains the bundled model on plain text and novel dialogue.
+
+`python pretrain.py CORPUS TOKENIZER_FOLDER OUTPUT [--steps N]`. Writes the weights, `replay.npy` (rows that chat
+tuning mixes in), `heldout.json` (held-out texts, and short public dialogues for chat tuning) and `pretrain.json` (sizes, curve, held-out losses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Glm4MoeForCausalLM
+
+import corpus
+import training
+from training import SEQUENCE, say
+
+#: How often a group is read in one epoch; modern text is scarce, poems are plentiful.
+WEIGHTS = {"novel": 1.0, "poem": 0.4, "modern": 2.0, "speech": 1.0, "chat": 1.0, "reading": 0.5}
+PEAK_RATE, WARM_SHARE, FLOOR, DECAY = 2e-3, 0.02, 0.02, 0.1
+REPLAY_ROWS = 4096
+
+
+def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of each text, in batches."""
+    result: list[np.ndarray] = []
+    for start in range(0, len(texts), 20_000):
+        batch = tokenizer(texts[start : start + 20_000], add_special_tokens=False, verbose=False)["input_ids"]
+        result += [np.array(ids, dtype=np.uint16) for ids in batch]
+    return result
+
+
+def rows(groups: dict[str, list[np.ndarray]], rng: random.Random) -> np.ndarray:
+    """One epoch: weighted, shuffled documents cut into rows of `SEQUENCE` tokens, shuffled again."""
+    chosen: list[np.ndarray] = []
+    for name, texts in groups.items():
+        weight = WEIGHTS[name]
+        chosen += texts * int(weight) + rng.sample(texts, int(len(texts) * (weight % 1)))
+    rng.shuffle(chosen)
+    tokens = np.concatenate(chosen)[rng.randrange(SEQUENCE) :]
+    table = tokens[: len(tokens) // SEQUENCE * SEQUENCE].reshape(-1, SEQUENCE)
+    return table[np.random.default_rng(rng.randrange(2**31)).permutation(len(table))]
+
+
+def batches(groups: dict[str, list[np.ndarray]], size: int, device: str) -> Iterator[torch.Tensor]:
+    """Batches of token rows without end."""
+    rng = random.Random(0)
+    while True:
+        epoch = rows(groups, rng)
+        for start in range(0, len(epoch) - size + 1, size):
+            yield torch.from_numpy(epoch[start : start + size].astype(np.int64)).to(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=18_000)
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    data = corpus.load(options.corpus)
+    plain = {name: [text + "<|endoftext|>" for text in texts] for name, texts in data.train.items()}
+    talks = {
+        name: [tokenizer.apply_chat_template(c, tokenize=False) + "<|user|>" for c in conversations]
+        for name, conversations in data.train_chats.items()
+    }
+    groups = {name: encode(tokenizer, texts) for name, texts in (plain | talks).items()}
+    sizes = {
+        name: {"documents": len(texts), "characters": sum(map(len, texts)), "tokens": sum(map(len, groups[name]))}
+        for name, texts in (plain | talks).items()
+    }
+    say("groups", sizes)
+
+    model = training.prepare(Glm4MoeForCausalLM(training.small_config(tokenizer)).to(device))
+    parameters = sum(p.numel() for p in model.parameters())
+    say("parameters", parameters, "tokens a step", options.batch * SEQUENCE)
+    loss_of = torch.compile(training.summed_loss) if device == "cuda" else training.summed_loss
+    counts = [torch.zeros_like(block.experts.load) for block in training.moe_blocks(model)]
+    optimizer = training.optimizer(model, PEAK_RATE, DECAY)
+    curve = []
+    started = time.time()
+    for step, tokens in enumerate(batches(groups, options.batch, device), start=1):
+        done = step / options.steps
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * training.cosine(done, WARM_SHARE, FLOOR)
+        loss = loss_of(model, tokens, training.shift(tokens)) / (tokens.shape[0] * (SEQUENCE - 1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        training.balance(model, 1e-3 if done < 0.9 else 1e-4, counts)
+        if step in (1, 20) or step % max(options.steps // 40, 1) == 0:
+            entropy = training.expert_entropy(model)
+            for count in counts:
+                count.zero_()
+            seconds = time.time() - started
+            point = {"step": step, "tokens": step * tokens.numel(), "seconds": round(seconds, 1), "loss": loss.item()}
+            say(point, "least even layer", min(entropy))
+            if step % max(options.steps // 8, 1) == 0:
+                point["heldout_novel"] = training.nats_per_character(
+                    lambda x, y: loss_of(model, x, y), tokenizer, data.heldout["novel"], device
+                )
+                say("held-out novels", point["heldout_novel"])
+                training.expert_entropy(model)
+            curve.append(point)
+        if step == options.steps:
+            break
+    training.expert_entropy(model)
+    heldout = {
+        name: training.nats_per_character(lambda x, y: training.summed_loss(model, x, y), tokenizer, texts, device)
+        for name, texts in data.heldout.items()
+    }
+    report = {
+        "parameters": parameters,
+        "groups": sizes,
+        "tokens": options.steps * options.batch * SEQUENCE,
+        "seconds": round(time.time() - started, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "curve": curve,
+        "heldout_nats_per_character": heldout,
+        "heldout_expert_entropy": training.expert_entropy(model),
+    }
+    say(heldout, report["heldout_expert_entropy"])
+    options.output.mkdir(parents=True, exist_ok=True)
+    training.save(model, tokenizer, str(options.output))
+    np.save(options.output / "replay.npy", rows(groups, random.Random(1))[:REPLAY_ROWS])
+    held = {"texts": data.heldout, "public_chats": data.short_chats}
+    (options.output / "heldout.json").write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
+    (options.output / "pretrain.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    say("saved", options.output)
+
+
+if __name__ == "__main__":
+    main()
