@@ -148,7 +148,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.pretrained)
     model = AutoModelForCausalLM.from_pretrained(options.pretrained, dtype=torch.float32).to(device)
     training.prepare(model)
-    loss_of = torch.compile(training.summed_loss) if device == "cuda" else training.summed_loss
+    loss_of = torch.compile(training.summed_loss, dynamic=False) if device == "cuda" else training.summed_loss
     pairs, heldout_pairs = hold_out(read_pairs(options.chat))
     held = json.loads((options.pretrained / "heldout.json").read_text(encoding="utf-8"))
     public = held["public_chats"]

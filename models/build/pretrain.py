@@ -86,7 +86,7 @@ def main() -> None:
     model = training.prepare(Glm4MoeForCausalLM(training.small_config(tokenizer)).to(device))
     parameters = sum(p.numel() for p in model.parameters())
     say("parameters", parameters, "tokens a step", options.batch * SEQUENCE)
-    loss_of = torch.compile(training.summed_loss) if device == "cuda" else training.summed_loss
+    loss_of = torch.compile(training.summed_loss, dynamic=False) if device == "cuda" else training.summed_loss
     counts = [torch.zeros_like(block.experts.load) for block in training.moe_blocks(model)]
     optimizer = training.optimizer(model, PEAK_RATE, DECAY)
     curve = []
@@ -110,7 +110,7 @@ def main() -> None:
             say(point, "least even layer", min(entropy))
             if step % max(options.steps // 8, 1) == 0:
                 point["heldout_novel"] = training.nats_per_character(
-                    lambda x, y: loss_of(model, x, y), tokenizer, data.heldout["novel"], device
+                    lambda x, y: training.summed_loss(model, x, y), tokenizer, data.heldout["novel"], device
                 )
                 say("held-out novels", point["heldout_novel"])
                 training.expert_entropy(model)

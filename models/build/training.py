@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedTokenizerBase
+from transformers import AttentionInterface, Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SEQUENCE = 1024
@@ -78,14 +78,30 @@ def dense_experts(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Te
 ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
 
 
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """Causal attention that never builds a mask: under torch.compile, transformers' `sdpa` builds one with
+    torch before 2.14, which rules out the fast kernel.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("causal", causal_attention)
+
+
 def moe_blocks(model: Glm4MoeForCausalLM) -> list[nn.Module]:
     """The layers' mixture-of-experts blocks, the dense first layer left out."""
     return [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
 
 
 def prepare(model: Glm4MoeForCausalLM) -> Glm4MoeForCausalLM:
-    """The model with dense experts that count their tokens, and a router kept out of autocast."""
+    """The model with dense experts that count their tokens, a router kept out of autocast, and mask-free attention."""
     model.set_experts_implementation("dense")
+    model.set_attn_implementation("causal")
     for block in moe_blocks(model):
         load = torch.zeros(block.experts.num_experts, device=model.device)
         block.experts.register_buffer("load", load, persistent=False)
