@@ -21,7 +21,7 @@ from corpus import Messages
 from training import IGNORED, say
 
 LENGTH = 256
-CHAT_ROWS, REPLAY_ROWS = 64, 16
+CHAT_ROWS = 64
 DECAY = 0.05
 #: Share of our pairs whose wording is kept out, to see whether the answers carry over to new wordings.
 HELDOUT_SHARE = 0.05
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--replay", type=int, default=32, help="rows of pre-training text a step; each is seen once")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -179,8 +180,8 @@ def main() -> None:
         tokens, labels = pad(rows, tokenizer.pad_token_id)
         loss = loss_of(model, tokens.to(device), labels.to(device)) / (labels != IGNORED).sum()
         loss.backward()
-        picked = rng.sample(range(len(replay)), REPLAY_ROWS)
-        tokens = torch.from_numpy(replay[picked].astype(np.int64)).to(device)
+        first = (step - 1) * options.replay % (len(replay) - options.replay + 1)
+        tokens = torch.from_numpy(replay[first : first + options.replay].astype(np.int64)).to(device)
         again = loss_of(model, tokens, training.shift(tokens)) / tokens.numel()
         again.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -206,6 +207,7 @@ def main() -> None:
         "public_dialogues": len(public),
         "steps": options.steps,
         "rate": options.rate,
+        "replay_rows_a_step": options.replay,
         "curve": curve,
         "heldout_nats_per_character": texts,
         "heldout_expert_entropy": entropy,

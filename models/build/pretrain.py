@@ -24,7 +24,7 @@ from training import SEQUENCE, say
 #: How often a group is read in one epoch; modern text is scarce, poems are plentiful.
 WEIGHTS = {"novel": 1.0, "poem": 0.4, "modern": 2.0, "speech": 1.0, "chat": 1.0, "reading": 0.5}
 PEAK_RATE, WARM_SHARE, FLOOR, DECAY = 2e-3, 0.02, 0.02, 0.1
-REPLAY_ROWS = 4096
+REPLAY_ROWS = 12_288  # 12.6 M tokens: chat tuning sees none of them twice
 
 
 def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
