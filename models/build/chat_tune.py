@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("pretrained", type=Path)
     parser.add_argument("chat", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--steps", type=int, default=380)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--replay", type=int, default=32, help="rows of pre-training text a step; each is seen once")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

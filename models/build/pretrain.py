@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=18_000)
+    parser.add_argument("--steps", type=int, default=22_000)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
