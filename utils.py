@@ -126,6 +126,12 @@ def stamp(path: Path, course: Settings) -> dict[str, str]:
     return facts
 
 
+def restart(folder: Path) -> None:
+    """Delete what an earlier run left in the folder, and make it anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
 def require(path: Path, notebook: str, course: Settings) -> Path:
     """The folder `path`, which `notebook` makes.
 

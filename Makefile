@@ -1,0 +1,49 @@
+# make run: set up, run the series on the bundled model. make test: everything that is checked.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 5092
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MPLBACKEND ?= module://matplotlib_inline.backend_inline
+
+.PHONY: setup run lab dashboard test lint store model clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+		|| { echo "Python 3.11 to 3.13 is needed; name one with  make run PYTHON=python3.12"; exit 1; }
+	@echo "Setting up in $(VENV) (a few minutes, about 2 GB)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt 2>$(VENV)/pip.log \
+		|| { tail -n 20 $(VENV)/pip.log; exit 1; }
+	@touch $@
+
+run: setup
+	@$(BIN)/python tests/run_series.py
+
+lab: setup
+	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks/en/01_environment.ipynb
+
+dashboard: setup
+	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)
+
+test: lint
+	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python tests/run_nbval.py notebooks/en
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# Run the series and keep the outputs in the notebooks.
+store: setup
+	@rm -rf output && $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
+
+# Rebuild the bundled model on a GPU: make model CORPUS=folder
+model:
+	@cd models/build && $(PYTHON) make_tokenizer.py "$(CORPUS)" ../glm4-moe-mini \
+		&& $(PYTHON) pretrain.py "$(CORPUS)" ../glm4-moe-mini ../../output/pretrained \
+		&& $(PYTHON) chat_tune.py ../../output/pretrained chat ../../output/glm4-moe-mini
+
+clean:
+	rm -rf output $(VENV)

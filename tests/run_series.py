@@ -1,0 +1,97 @@
+"""Runs the notebooks in order, each in a fresh kernel, and says what came out.
+
+`python tests/run_series.py` leaves executed copies in `output/executed`; with `--store` the outputs are stored in the
+notebooks themselves, which is how the stored outputs are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
+
+CELL_SECONDS = 900
+
+
+def clean(notebook: nbformat.NotebookNode) -> None:
+    """Drop what differs in every run and tells nothing: cell times and widget state."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+
+
+def run(path: Path) -> nbformat.NotebookNode:
+    """The executed notebook.
+
+    Raises:
+        CellExecutionError, DeadKernelError: a cell failed, or its kernel died.
+
+    """
+    notebook = nbformat.read(path, as_version=4)
+    # A full-size run takes hours in one cell, so only the bundled model has a limit.
+    limit = CELL_SECONDS if utils.settings().bundled else None
+    NotebookClient(notebook, timeout=limit, resources={"metadata": {"path": str(path.parent)}}).execute()
+    clean(notebook)
+    return notebook
+
+
+def summary(course: utils.Settings, seconds: float) -> None:
+    """Print the before and after, the figures, and how to see the run."""
+    figures = json.loads((course.output / "report.json").read_text(encoding="utf-8"))
+    print("\nBefore and after (greedy decoding)")
+    for question, base, adapter in figures["before_after"]:
+        print(f"  {question}\n    base     {base}\n    adapter  {adapter}")
+    held = figures["heldout"]
+    print("\nOn the held-out questions                  base   adapter")
+    print(f"  loss, nats a token                     {held['loss'][0]:6.2f}    {held['loss'][1]:6.2f}")
+    print(f"  stops by itself                        {held['stops'][0]:6.0%}    {held['stops'][1]:6.0%}")
+    print(f"  in role, by the rule of notebook 06    {held['in_role'][0]:6.0%}    {held['in_role'][1]:6.0%}")
+    print(
+        f"\n{seconds / 60:.1f} minutes in all, {figures['training_seconds'] / 60:.1f} of them training; "
+        f"the training kernel held at most {figures['training_kernel_gib']:.2f} GiB."
+    )
+    print(f"Executed notebooks, adapter and SwanLab run are in {utils.shown(course.output)}/.")
+    print("See the run in the SwanLab dashboard:  make dashboard")
+
+
+def main() -> int:
+    """Run the series; 0 when every notebook ran."""
+    store = "--store" in sys.argv[1:]
+    try:
+        course = utils.settings()
+    except utils.CourseError as error:
+        print(error)
+        return 1
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    executed = course.output / "executed"
+    executed.mkdir(parents=True, exist_ok=True)
+    (course.output / "report.json").unlink(missing_ok=True)
+    started = time.time()
+    paths = sorted((ROOT / "notebooks" / "en").glob("0*.ipynb"))
+    for number, path in enumerate(paths, 1):
+        print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
+        begun = time.time()
+        try:
+            notebook = run(path)
+        except (CellExecutionError, DeadKernelError, TimeoutError) as error:
+            reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
+            print(f"FAILED after {time.time() - begun:.0f} s\n{reason}")
+            return 1
+        nbformat.write(notebook, path if store else executed / path.name)
+        print(f"{time.time() - begun:5.0f} s")
+    summary(course, time.time() - started)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
