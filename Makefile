@@ -40,6 +40,7 @@ store: setup
 	@rm -rf output && $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
+model: CORPUS := $(abspath $(CORPUS))
 model:
 	@cd models/build && $(PYTHON) make_tokenizer.py "$(CORPUS)" ../glm4-moe-mini \
 		&& $(PYTHON) pretrain.py "$(CORPUS)" ../glm4-moe-mini ../../output/pretrained \

@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,10 +25,14 @@ CELL_SECONDS = 900
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Drop what differs in every run and tells nothing: cell times and widget state."""
+    """Drop what differs in every run and tells nothing: cell times, widget state, this machine's paths."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
+                if key in holder:
+                    holder[key] = holder[key].replace(f"{ROOT}/", "")
 
 
 def run(path: Path) -> nbformat.NotebookNode:
@@ -40,7 +45,10 @@ def run(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     # A full-size run takes hours in one cell, so only the bundled model has a limit.
     limit = CELL_SECONDS if utils.settings().bundled else None
-    NotebookClient(notebook, timeout=limit, resources={"metadata": {"path": str(path.parent)}}).execute()
+    # Messages between this program and the kernel stay in files of this user, not on a TCP port.
+    config = Config({"KernelManager": {"transport": "ipc"}})
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=limit, resources=resources, config=config).execute()
     clean(notebook)
     return notebook
 

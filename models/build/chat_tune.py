@@ -1,7 +1,7 @@
 """Turns the pre-trained model into a plain small assistant, without losing the language it learned.
 
-`python chat_tune.py PRETRAINED CHAT_FOLDER OUTPUT`. Reads our question-and-answer pairs (`*.jsonl`), the public
-dialogues that pre-training set aside, and its replay rows; writes the final model and `chat_tune.json`.
+`python chat_tune.py PRETRAINED CHAT_FOLDER OUTPUT`. Reads our question-and-answer pairs (`*.jsonl`), the short
+public dialogues that pre-training passes on, and its replay rows; writes the final model and `chat_tune.json`.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ def answers(folder: Path, questions: list[str], system: str | None = None) -> li
 
 
 def main() -> None:
+    """Run the chat tuning, measure it, and write the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pretrained", type=Path)
     parser.add_argument("chat", type=Path)

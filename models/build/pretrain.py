@@ -1,7 +1,8 @@
 """Pre-trains the bundled model on plain text and novel dialogue.
 
 `python pretrain.py CORPUS TOKENIZER_FOLDER OUTPUT [--steps N]`. Writes the weights, `replay.npy` (rows that chat
-tuning mixes in), `heldout.json` (held-out texts, and short public dialogues for chat tuning) and `pretrain.json` (sizes, curve, held-out losses).
+tuning mixes in), `heldout.json` (held-out texts, and short public dialogues for chat tuning) and `pretrain.json`
+(sizes, curve, held-out losses).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Glm4MoeForCausalLM
+from transformers import AutoTokenizer, Glm4MoeForCausalLM, PreTrainedTokenizerBase
 
 import corpus
 import training
@@ -27,7 +28,7 @@ PEAK_RATE, WARM_SHARE, FLOOR, DECAY = 2e-3, 0.02, 0.02, 0.1
 REPLAY_ROWS = 12_288  # 12.6 M tokens: chat tuning sees none of them twice
 
 
-def encode(tokenizer, texts: list[str]) -> list[np.ndarray]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """Token ids of each text, in batches."""
     result: list[np.ndarray] = []
     for start in range(0, len(texts), 20_000):
@@ -58,6 +59,7 @@ def batches(groups: dict[str, list[np.ndarray]], size: int, device: str) -> Iter
 
 
 def main() -> None:
+    """Run the whole pre-training and write its results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("tokenizer", type=Path)

@@ -1,0 +1,33 @@
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+for name in [n for n in os.environ if n.startswith(("COURSE_", "SWANLAB_"))]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "models" / "glm4-moe-mini")
+
+
+@pytest.fixture(scope="session")
+def cell() -> Callable[[str, str], str]:
+    """The source of the one code cell of a notebook that holds a text."""
+
+    def find(notebook: str, text: str) -> str:
+        path = ROOT / "notebooks" / "en" / f"{notebook}.ipynb"
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and text in "".join(c["source"])]
+        assert len(found) == 1, f"{notebook}: {len(found)} cells hold {text!r}"
+        return found[0]
+
+    return find

@@ -1,0 +1,56 @@
+"""Checks notebooks against their stored outputs: `python tests/run_nbval.py FOLDER [SECONDS A CELL]`.
+
+First what needs no kernel: every code cell was executed in one clean run, and a cell whose output is not compared says
+why. Then nbval, strict, in the order of the file names, with a fresh `output/test` for all that the notebooks write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+CELL_SECONDS = 400
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with the stored form of a notebook, one line each."""
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    found = []
+    counts = [cell.execution_count for cell in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        found.append("not one clean run: execution counts are not 1, 2, 3, ...; run `make store`")
+    if not any(cell.outputs for cell in cells):
+        found.append("no stored outputs, so nothing would be compared; run `make store`")
+    for number, cell in enumerate(cells, 1):
+        if any(output.output_type == "error" for output in cell.outputs):
+            found.append(f"code cell {number} holds a stored error")
+        if "nbval-ignore-output" in cell.metadata.get("tags", []) and not cell.metadata.get("reason"):
+            found.append(f"code cell {number} is not compared and its metadata gives no 'reason'")
+    return [f"{path.name}: {line}" for line in found]
+
+
+def main(folder: Path, cell_seconds: int) -> int:
+    """0 when all is as stored."""
+    paths = sorted(folder.glob("*.ipynb"))
+    found = [line for path in paths for line in problems(path)]
+    if found or not paths:
+        print("\n".join(found) or f"{folder}: no notebooks there")
+        return 1
+    output = "output/test"
+    shutil.rmtree(ROOT / output, ignore_errors=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("COURSE_", "SWANLAB_"))}
+    environment |= {"COURSE_OUTPUT": output, "PYTHONPATH": str(ROOT / "tests"), "TOKENIZERS_PARALLELISM": "false"}
+    options = ["-p", "nbval_guard", "--nbval", f"--nbval-cell-timeout={cell_seconds}", "--durations=5", "-q"]
+    options += [f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval_sanitize.cfg'}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, paths)]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else CELL_SECONDS))

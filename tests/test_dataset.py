@@ -1,0 +1,38 @@
+import re
+from collections import Counter
+
+from conftest import ROOT
+
+import utils
+
+ROWS = utils.load_rows(ROOT / "dataset" / "huanhuan.json")
+HELDOUT = utils.load_rows(ROOT / "dataset" / "heldout.json")
+
+
+def plain(row):
+    """The question without punctuation, so that a changed mark is no new question."""
+    return re.sub(r"\W", "", row["instruction"] + row["input"])
+
+
+def test_counts_and_the_two_examples():
+    assert len(ROWS) >= 800
+    assert len(HELDOUT) >= 60
+    pairs = {(row["instruction"], row["output"]) for row in ROWS}
+    assert ("你父亲是谁？", "家父是大理寺少卿甄远道。") in pairs
+    assert ("你是谁？", "我是甄嬛，家父是大理寺少卿甄远道。") in pairs
+    assert sum(bool(row["input"]) for row in ROWS) >= 40
+
+
+def test_no_question_twice_and_none_of_the_heldout_ones_in_training():
+    questions = Counter(map(plain, ROWS))
+    assert max(questions.values()) == 1
+    assert not {plain(row) for row in HELDOUT} & set(questions)
+    assert len({plain(row) for row in HELDOUT}) == len(HELDOUT)
+
+
+def test_no_answer_more_than_a_dozen_times():
+    assert max(Counter(row["output"] for row in ROWS).values()) <= 12
+
+
+def test_she_never_speaks_of_models():
+    assert not [row for row in ROWS if re.search("模型|助手|程序|微调", row["output"])]
