@@ -61,6 +61,11 @@ class Settings:
         """Whether the model is the one that came with the course."""
         return Path(self.model) == BUNDLED
 
+    @property
+    def default_data(self) -> bool:
+        """Whether the rows are those that came with the course."""
+        return self.data == ROOT / "dataset" / "huanhuan.json"
+
 
 def settings() -> Settings:
     """The settings from `COURSE_MODEL`, `COURSE_DATA`, `COURSE_OUTPUT` and `SWANLAB_MODE`, else the defaults.

@@ -29,7 +29,11 @@ def clean(notebook: nbformat.NotebookNode) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
-            for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
+            for holder, key in (
+                (output, "text"),
+                (output.get("data", {}), "text/plain"),
+                (output.get("data", {}), "text/html"),
+            ):
                 if key in holder:
                     holder[key] = holder[key].replace(f"{ROOT}/", "")
 

@@ -58,16 +58,7 @@ def test_ten_rows_of_another_persona_make_that_persona_answer(course_in, tokeniz
     out = course_in([{"instruction": q, "input": "", "output": a} for q, a in TEA_ROWS])
     run_notebook(NAMES[0])
     run_notebook(NAMES[1])
-    # Ten rows need more passes; the row kept for validation is another wording or another topic, so its loss may
-    # rise, and the 25 % of notebook 05 is not asked of it.
-    run_notebook(
-        NAMES[2],
-        [
-            ("num_train_epochs=3", "num_train_epochs=40"),
-            ("assert after < 0.75 * before", "assert True or after < 0.75 * before"),
-            ("assert len(evaluations) >= steps // 50", "pass"),
-        ],
-    )
+    run_notebook(NAMES[2], [("num_train_epochs=3", "num_train_epochs=40")])  # ten rows need more passes
     trained = {row["instruction"]: row["output"] for row in json.loads((out / "rows" / "train.json").read_text())}
     model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, out / "lora" / "adapter").eval()
