@@ -365,6 +365,8 @@ def chat_box(reply: Callable[[str], dict[str, str]]) -> Any:
         button.disabled = True
         try:
             spoken = reply(question)
+        except Exception as error:  # a widget's callback has no cell to show an error in
+            spoken = {"error": f"{type(error).__name__}: {error}"}
         finally:
             button.disabled = False
         lines = [widgets.Label(f"Q: {question}")] + [widgets.Label(f"{name}: {text}") for name, text in spoken.items()]

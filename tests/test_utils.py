@@ -134,3 +134,9 @@ def test_the_chat_box_answers_as_text():
     shown = [child.value for child in box.children[1].children]
     assert shown == ["Q: 你好", "adapter: <b>你好</b>"]
     assert type(box.children[1].children[1]).__name__ == "Label"  # a Label shows markup as text
+
+
+def test_the_chat_box_shows_an_error():
+    box = utils.chat_box({}.__getitem__)
+    box.children[0].children[1].click()
+    assert "error: KeyError" in box.children[1].children[1].value
