@@ -6,16 +6,21 @@ stand in the notebooks.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
+import io
 import json
 import os
 import re
 import shutil
 import socket
+import sqlite3
 import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
@@ -29,6 +34,7 @@ LONGEST_FIELD = 20_000
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
 #: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
 BREAK = "\ufdd0"
+BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
 
 
 class CourseError(Exception):
@@ -284,6 +290,25 @@ def reachable(host: str, seconds: float = 3.0) -> bool:
         return False
 
 
+def recorded(folder: Path, name: str) -> dict[int, float]:
+    """What the newest local SwanLab run in the folder holds under a name, as step to value.
+
+    Raises:
+        CourseError: no local run there (other modes keep their record elsewhere), or nothing of that name in it.
+    """
+    database = folder / "runs.swanlab"
+    if not database.is_file():
+        raise CourseError(f"{shown(folder)}: no local SwanLab run there. Record one with SWANLAB_MODE=local.")
+    with closing(sqlite3.connect(database)) as connection:
+        run, number = connection.execute("SELECT run_id, id FROM experiment ORDER BY id DESC").fetchone()
+        where = "SELECT folder FROM tag WHERE experiment_id = ? AND name = ?"
+        found = connection.execute(where, (number, name)).fetchone()
+    if not found:
+        raise CourseError(f"{shown(folder)}: the newest run holds nothing under {name}.")
+    lines = [line for path in (folder / run / "logs" / found[0]).glob("*.log") for line in path.open(encoding="utf-8")]
+    return {entry["index"]: entry["data"] for entry in map(json.loads, lines)}
+
+
 def report(course: Settings, **figures: Any) -> None:
     """Add figures to `output/report.json`, which `make run` prints at its end."""
     path = course.output / "report.json"
@@ -293,6 +318,22 @@ def report(course: Settings, **figures: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------- tables and pictures
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a cell shows: `html` in a browser, and the same facts as plain `text` for everybody else; `png` if drawn."""
+
+    html: str
+    text: str
+    png: bytes = b""
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        """The plain twin; nbval compares it."""
+        return self.text
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
@@ -309,72 +350,233 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
             print("  ".join("-" * w for w in widths))
 
 
-def token_table(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> None:
-    """Print a sample token by token, with `trained` beside each token that counts in the loss."""
-    rows = [
-        (place, repr(tokenizer.decode([i])), i, "trained" if label != -100 else "-")
-        for place, (i, label) in enumerate(zip(ids, labels, strict=True))
-    ]
-    table(rows, ("place", "token", "id", "label"))
+def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Shown:
+    """A sample token by token: trained ones on blue with ●, read ones on white with ○; the twin divides tokens by │.
+
+    Tokens that only together make a character (its bytes) stand in one box, with their number.
+
+    Raises:
+        ValueError: `ids` and `labels` differ in length.
+    """
+    if len(ids) != len(labels):
+        raise ValueError(f"{len(ids)} ids but {len(labels)} labels: a label belongs to each token")
+    boxes, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        if "\ufffd" not in text or end - start > 6 or end == len(ids):
+            boxes.append((text.replace("\n", "⏎"), end - start, labels[end - 1] != -100))
+            start = end
+    style = "display:inline-block;margin:2px;padding:1px 4px;border:1px solid #888;color:#000;background:"
+    parts = []
+    for text, count, trained in boxes:
+        sign, colour = ("●", "#bcdcff;border-bottom:4px solid #0b4f9c") if trained else ("○", "#fff")
+        many = f"<sub>{count} tokens</sub>" if count > 1 else ""
+        parts.append(f'<span style="{style}{colour}">{sign} {html.escape(text)}{many}</span>')
+    count = sum(label != -100 for label in labels)
+    key = f"● trained: {count} tokens &nbsp; ○ read only: {len(ids) - count} tokens"
+    lines = []
+    for position, (text, many, trained) in enumerate(boxes):
+        if position == 0 or trained != boxes[position - 1][2]:
+            lines.append("trained ● │" if trained else "read    ○ │")
+        lines[-1] += text + (f"({many})" if many > 1 else "") + "│"
+    summary = f"{count} of {len(ids)} tokens are trained"
+    return Shown(f"<div>{key}</div><div>{''.join(parts)}</div>", "\n".join([*lines, summary]))
 
 
-def loss_picture(history: list[dict[str, float]]) -> None:
-    """Draw the training loss (line) and the held-out loss (dashed, with dots) of a `Trainer`'s log history."""
+def picture(figure: Any, alt: str) -> Shown:
+    """A matplotlib figure as an image with `alt` both as its alt text and as its caption; the figure is closed."""
     import matplotlib.pyplot as plt
 
-    train = [(row["step"], row["loss"]) for row in history if "loss" in row]
-    heldout = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
-    _, axes = plt.subplots(figsize=(7, 3.2))
-    axes.plot(*zip(*train, strict=True), color="#4C72B0", label="training loss")
-    if heldout:
-        axes.plot(*zip(*heldout, strict=True), "o--", color="#C44E52", label="held-out loss")
-    axes.set(xlabel="step", ylabel="nats a token", title="Loss while training")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    plt.show()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    png, words = buffer.getvalue(), html.escape(alt, quote=True)
+    image = f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
+    return Shown(f"<figure>{image}<figcaption>{words}</figcaption></figure>", alt, png)
 
 
-def length_picture(lengths: Sequence[int], limit: int) -> None:
-    """Draw how long the samples are, in tokens, with the limit named in the title."""
+def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any, list[Any]]:
+    """A figure and its axes side by side, in the style of the course."""
     import matplotlib.pyplot as plt
 
-    _, axes = plt.subplots(figsize=(7, 2.6))
-    axes.hist(lengths, bins=30, color="#4C72B0", edgecolor="white")
-    axes.set(xlabel="tokens", ylabel="samples", title=f"Sample lengths (longest {max(lengths)}, limit {limit})")
-    plt.show()
+    figure, grid = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    for one in grid[0]:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, list(grid[0])
 
 
-# ------------------------------------------------------------------------------------------------ chat box
+def length_picture(lengths: Sequence[int], limit: int) -> Shown:
+    """How long the samples are, in tokens."""
+    figure, (plot,) = axes()
+    plot.hist(lengths, bins=30, color=BLUE, edgecolor="white")
+    plot.set(xlabel="tokens", ylabel="samples", title=f"Sample lengths (limit {limit})")
+    middle = sorted(lengths)[len(lengths) // 2]
+    return picture(
+        figure, f"Histogram: {len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens, median {middle}."
+    )
 
 
-def chat_box(reply: Callable[[str], dict[str, str]]) -> Any:
-    """A text field, a button and the answers below it.
+def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
+    """For each way to split, how alike (0 to 100) a held-out question is to the nearest training question."""
+    figure, plots = axes(len(nearest))
+    said = []
+    for plot, (name, values) in zip(plots, nearest.items(), strict=True):
+        plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
+        plot.axvline(limit, color=RED, linestyle="--")
+        plot.set(title=name, xlabel="likeness to the nearest training question", ylabel="held-out questions")
+        said.append(f"{name}: {sum(v >= limit for v in values)} of {len(values)} at {limit:.0f} or more")
+    return picture(figure, f"Likeness of held-out to training questions. {'; '.join(said)} (dashed line).")
+
+
+def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
+    """Bars of the trainable parameters of each group, one panel a model."""
+    figure, plots = axes(len(groups))
+    said = []
+    for plot, (name, counts) in zip(plots, groups.items(), strict=True):
+        total = sum(counts.values())
+        bars = plot.barh(list(counts), [100 * count / total for count in counts.values()], color=BLUE)
+        plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
+        plot.set(title=name, xlabel="% of the adapter", xlim=(0, 130))
+        plot.invert_yaxis()
+        shares = ", ".join(f"{group} {count / total:.1%}" for group, count in counts.items())
+        said.append(f"{name}: {shares}")
+    return picture(figure, f"Trainable parameters by group. {'; '.join(said)}.")
+
+
+def moved_picture(sizes: dict[str, dict[int, float]]) -> Shown:
+    """The size of each `lora_B` (root mean square), by layer; one marker a module."""
+    figure, (plot,) = axes(height=3.4)
+    for (name, by_layer), marker in zip(sizes.items(), "os^vDP*X<>dhp", strict=False):
+        plot.plot(list(by_layer), list(by_layer.values()), marker, label=name, alpha=0.8)
+    plot.set(xlabel="layer", ylabel="root mean square of lora_B", title="Did every adapter move?", ylim=(0, None))
+    plot.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    every = [value for by_layer in sizes.values() for value in by_layer.values()]
+    still = sum(value == 0 for value in every)
+    return picture(
+        figure,
+        f"{len(every)} matrices lora_B; {still} stand at zero; sizes from {min(every):.4f} to {max(every):.4f}.",
+    )
+
+
+def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
+    """Training loss (line) and every held-out loss (dashed, each with a marker of its own) of a `Trainer`'s log."""
+    curves: dict[str, dict[int, float]] = {}
+    for row in history:
+        for key, value in row.items():
+            if key == "loss":
+                curves.setdefault("training", {})[row["step"]] = value
+            elif held_out := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
+                name = (held_out[1] or "held-out").replace("_", " ")
+                curves.setdefault(name, {})[row["step"]] = value
+    figure, (plot,) = axes(height=3.2)
+    looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
+    said = []
+    for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, "#8172B3"), strict=False):
+        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=name)
+        first, last = min(curve), max(curve)
+        said.append(f"{name} from {curve[first]:.2f} at step {first} to {curve[last]:.2f} at step {last}")
+    plot.set(xlabel="step", ylabel="nats a token", title="Loss while training", ylim=(0, None))
+    plot.grid(alpha=0.3)
+    if curves:
+        plot.legend()
+    return picture(figure, f"Loss: {'; '.join(said) or 'nothing yet'}.")
+
+
+def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
+    """Heat maps of the share of tokens (in %) that each layer sends to each expert; the figures stand in the cells.
 
     Args:
-        reply: takes the question, returns a name and a text for each answerer. Texts are shown as text: markup in
-            them is not executed.
+        shares: title to an array of shape (layers, experts) whose rows sum to 1.
+        first_layer: the number of the first layer that has experts.
+    """
+    figure, plots = axes(len(shares), width=3.6 * len(shares), height=3.4)
+    top = max(float(array.max()) for array in shares.values())
+    said = []
+    for plot, (title, array) in zip(plots, shares.items(), strict=True):
+        plot.imshow(array, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+        plot.set(title=title, xlabel="expert", ylabel="layer")
+        plot.set_yticks(range(len(array)), [first_layer + i for i in range(len(array))])
+        if array.size <= 200:  # with 128 experts the figures would cover the picture
+            for i, row in enumerate(array):
+                for j, value in enumerate(row):
+                    plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=7)
+        busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
+        said.append(f"{title}: most used is expert {busiest[1]} of layer {first_layer + busiest[0]}, {array.max():.0%}")
+    return picture(figure, f"Share of tokens by layer and expert, in %. {'; '.join(said)}.")
+
+
+# ---------------------------------------------------------------------------------- exercises and the chat box
+
+
+def check(given: Any, *tests: tuple[Callable[[Any], bool], str]) -> None:
+    """Say whether the answer to an exercise is right, and if not, why.
+
+    Args:
+        given: the learner's answer; `...` means that there is none yet.
+        tests: pairs of a function of the answer that is true for a right one, and what to say when it is not. The
+            first that fails speaks; an exception in it counts as a failure and is named.
+    """
+    if given is ...:
+        print("○ open: put your answer in the place of ... and run both cells")
+        return
+    for right, advice in tests:
+        try:
+            passed, trouble = bool(right(given)), ""
+        except Exception as error:  # the learner's code may do anything
+            passed, trouble = False, f" ({type(error).__name__}: {error})"
+        if not passed:
+            print(f"✗ not yet: {advice}{trouble}")
+            return
+    print("✓ right")
+
+
+def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callable[[list[dict[str, str]]], str]) -> Any:
+    """A chat with base and adapter side by side, and the text that the template makes of the conversation on demand.
+
+    Args:
+        reply: takes "base" or "adapter" and the turns so far (`role`, `content`), returns the answer.
+        template: takes the turns, returns the prompt as the model reads it.
+
+    Model output goes into labels and text areas only, which show markup as text and execute none of it.
     """
     import ipywidgets as widgets
 
-    field_ = widgets.Text(placeholder="你是谁？", description="Question", layout=widgets.Layout(width="70%"))
-    button = widgets.Button(description="Ask", tooltip="Ask both models")
-    answers = widgets.VBox()
+    wide = widgets.Layout(width="100%")
+    question = widgets.Text(placeholder="你是谁？", description="Question", layout=widgets.Layout(width="60%"))
+    ask = widgets.Button(description="Ask", tooltip="Ask both models")
+    keep = widgets.Checkbox(description="keep the conversation", indent=False, value=False)
+    show = widgets.Checkbox(description="show the template's text", indent=False, value=False)
+    prompt = widgets.Textarea(disabled=True, rows=6, layout=widgets.Layout(width="100%", display="none"))
+    columns = {
+        name: widgets.VBox([widgets.Label(name)], layout=widgets.Layout(width="50%")) for name in ("base", "adapter")
+    }
+    turns: dict[str, list[dict[str, str]]] = {name: [] for name in columns}
 
-    def ask(_: Any) -> None:
-        question = field_.value.strip() or field_.placeholder
-        button.disabled = True
-        try:
-            spoken = reply(question)
-        except Exception as error:  # a widget's callback has no cell to show an error in
-            spoken = {"error": f"{type(error).__name__}: {error}"}
-        finally:
-            button.disabled = False
-        lines = [widgets.Label(f"Q: {question}")] + [widgets.Label(f"{name}: {text}") for name, text in spoken.items()]
-        answers.children = (*lines, *answers.children)
-        field_.value = ""
+    def answer(_: Any) -> None:
+        asked = question.value.strip() or question.placeholder
+        ask.disabled = True
+        for name, column in columns.items():
+            turns[name] = [*(turns[name] if keep.value else []), {"role": "user", "content": asked}]
+            if name == "adapter":
+                prompt.value = template(turns[name])
+            try:
+                said = reply(name, turns[name])
+                turns[name].append({"role": "assistant", "content": said})
+            except Exception as error:  # a widget's callback has no cell to show an error in
+                said, turns[name] = f"{type(error).__name__}: {error}", []
+            lines = (widgets.Label(f"Q: {asked}"), widgets.Textarea(said, disabled=True, rows=2, layout=wide))
+            column.children = (column.children[0], *lines, *column.children[1:])
+        ask.disabled = False
+        question.value = ""
 
-    button.on_click(ask)
-    return widgets.VBox([widgets.HBox([field_, button]), answers])
+    def unfold(change: dict[str, Any]) -> None:
+        prompt.layout.display = "" if change["new"] else "none"
+
+    ask.on_click(answer)
+    show.observe(unfold, "value")
+    return widgets.VBox(
+        [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
+    )
 
 
 # --------------------------------------------------------------------------------------------- a local hub

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 import utils
@@ -126,17 +127,129 @@ def test_the_local_hub_serves_only_its_folder(tmp_path):
                 urllib.request.urlopen(f"{base}?FilePath={path}")
 
 
-def test_the_chat_box_answers_as_text():
-    box = utils.chat_box(lambda question: {"adapter": f"<b>{question}</b>"})
-    field, button = box.children[0].children
+def chat_parts(box):
+    """The chat box's question field, button, two switches, template text, and the column of each model."""
+    (field, button), (keep, show) = (row.children for row in box.children[:2])
+    return (
+        field,
+        button,
+        keep,
+        show,
+        box.children[2],
+        dict(zip(("base", "adapter"), box.children[3].children, strict=True)),
+    )
+
+
+def test_the_chat_box_answers_side_by_side_as_text():
+    box = utils.chat_box(lambda name, turns: f"<b>{name}: {turns[-1]['content']}</b>", lambda turns: str(len(turns)))
+    field, button, _, _, _, columns = chat_parts(box)
     field.value = "你好"
     button.click()
-    shown = [child.value for child in box.children[1].children]
-    assert shown == ["Q: 你好", "adapter: <b>你好</b>"]
-    assert type(box.children[1].children[1]).__name__ == "Label"  # a Label shows markup as text
+    for name, column in columns.items():
+        _, question, answer = column.children
+        assert question.value == "Q: 你好"
+        assert answer.value == f"<b>{name}: 你好</b>"
+        assert type(answer).__name__ == "Textarea"  # it shows markup as text
+        assert type(question).__name__ == "Label"
 
 
-def test_the_chat_box_shows_an_error():
-    box = utils.chat_box({}.__getitem__)
-    box.children[0].children[1].click()
-    assert "error: KeyError" in box.children[1].children[1].value
+def test_the_chat_box_keeps_the_conversation_only_when_asked():
+    box = utils.chat_box(lambda name, turns: "好。", lambda turns: " / ".join(turn["content"] for turn in turns))
+    field, button, keep, show, prompt, _ = chat_parts(box)
+    assert prompt.layout.display == "none"
+    show.value = True
+    assert prompt.layout.display != "none"
+    for question, kept, text in (("一", False, "一"), ("二", False, "二"), ("三", True, "二 / 好。 / 三")):
+        field.value, keep.value = question, kept
+        button.click()
+        assert prompt.value == text
+
+
+def test_the_chat_box_shows_an_error_and_goes_on():
+    answers = {"base": ["好。"]}
+    box = utils.chat_box(lambda name, turns: answers[name][0], lambda turns: "")
+    _, button, _, _, _, columns = chat_parts(box)
+    button.click()
+    assert columns["adapter"].children[2].value == "KeyError: 'adapter'"
+    assert columns["base"].children[2].value == "好。"
+    assert not button.disabled
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (..., "○ open"),
+        (3, "✓ right"),
+        (4, "✗ not yet: too much\n"),
+        ("3", "✗ not yet: a number (TypeError: "),
+        (-1, "✗ not yet: too little"),
+    ],
+)
+def test_a_check_says_whether_and_why(capsys, given, said):
+    utils.check(
+        given, (lambda a: a + 0 == a, "a number"), (lambda a: a > 0, "too little"), (lambda a: a < 4, "too much")
+    )
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_the_mask_view_shows_every_token_and_two_signs(tokenizer):
+    ids = tokenizer("<|user|>\n嬛<b>", add_special_tokens=False)["input_ids"]
+    labels = [-100, -100, *ids[2:]]
+    view = utils.mask_view(tokenizer, ids, labels)
+    assert view.text.splitlines()[0] == "read    ○ │<|user|>│⏎│"
+    assert view.text.splitlines()[1].startswith("trained ● │嬛(2)│")
+    assert f"{len(ids) - 2} of {len(ids)} tokens are trained" in view.text
+    assert view.html.count("●") == view.html.count("4px solid") + 1  # the sign stands beside the colour, and in the key
+    assert "&lt;|user|&gt;" in view.html
+    assert "<b>" not in view.html
+    with pytest.raises(ValueError, match="a label belongs to each token"):
+        utils.mask_view(tokenizer, ids, labels[:-1])
+
+
+HISTORY = [
+    {"step": 0, "eval_new_facts_loss": 6.0, "eval_runtime": 1.0},
+    {"step": 10, "loss": 3.0},
+    {"step": 20, "loss": 2.0},
+    {"step": 20, "eval_new_facts_loss": 4.0},
+    {"step": 20, "eval_loss": 5.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: utils.loss_picture(HISTORY), "training from 3.00 at step 10 to 2.00 at step 20"),
+        (lambda: utils.loss_picture(HISTORY), "new facts from 6.00 at step 0 to 4.00 at step 20"),
+        (lambda: utils.loss_picture(HISTORY), "held-out from 5.00 at step 20"),
+        (lambda: utils.loss_picture([]), "nothing yet"),
+        (lambda: utils.length_picture([3, 9, 5], 10), "3 samples of 3 to 9 tokens, median 5"),
+        (lambda: utils.nearest_picture({"a": [50, 90], "b": [10]}, 80), "a: 1 of 2 at 80 or more; b: 0 of 1"),
+        (lambda: utils.share_picture({"m": {"x": 1, "y": 3}}), "x 25.0%, y 75.0%"),
+        (lambda: utils.moved_picture({"q": {0: 0.0, 1: 0.5}}), "2 matrices lora_B; 1 stand at zero"),
+        (
+            lambda: utils.routing_picture({"prose": numpy.eye(3)[:2]}, 1),
+            "prose: most used is expert 0 of layer 1, 100%",
+        ),
+    ],
+)
+def test_a_picture_says_in_words_what_it_shows(make, said):
+    drawn = make()
+    assert said in drawn.text
+    assert drawn.html.count(drawn.text) == 2  # as alt text and as caption
+    assert drawn.png.startswith(b"\x89PNG")
+
+
+def test_a_picture_escapes_its_words():
+    figure, _ = utils.axes()
+    assert '"<' not in utils.picture(figure, '"<b>"').html.replace('"data:', "")
+
+
+def test_what_swanlab_recorded_is_read_back(tmp_path):
+    with pytest.raises(utils.CourseError, match="no local SwanLab run"):
+        utils.recorded(tmp_path, "train/loss")
+    code = f"import swanlab\nswanlab.init(project='t', experiment_name='x', mode='local', log_dir={str(tmp_path)!r})\n"
+    code += "[swanlab.log({'train/loss': 3 - s}, step=s) for s in (0, 1, 2)]\nswanlab.finish()"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert utils.recorded(tmp_path, "train/loss") == {0: 3, 1: 2, 2: 1}
+    with pytest.raises(utils.CourseError, match="holds nothing under eval/loss"):
+        utils.recorded(tmp_path, "eval/loss")
