@@ -1,11 +1,17 @@
-"""A pytest plugin: a dead kernel fails its cell within seconds, where nbval alone would wait for the cell's limit."""
+"""A pytest plugin for nbval: a dead kernel fails its cell within seconds, and each notebook's cost is measured.
+
+nbval alone would wait for the cell's limit. The costs go to `measured.json` in the folder that `COURSE_OUTPUT` names.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from queue import Empty
 
+from headers import ROOT, folder_mib, peak_mib, record
 from nbval.kernel import RunningKernel
+from nbval.plugin import IPyNbFile
 
 _get_message = RunningKernel.get_message
 SLICE_SECONDS = 2.0
@@ -32,3 +38,23 @@ def get_message_of_living_kernel(kernel: RunningKernel, stream: str, timeout: fl
 
 
 RunningKernel.get_message = get_message_of_living_kernel
+
+_setup, _teardown = IPyNbFile.setup, IPyNbFile.teardown
+
+
+def setup(file: IPyNbFile) -> None:
+    """As `IPyNbFile.setup`, and note when and with what on disk the notebook began."""
+    file.began, file.disk_before = time.monotonic(), folder_mib(ROOT / os.environ["COURSE_OUTPUT"])
+    _setup(file)
+
+
+def teardown(file: IPyNbFile) -> None:
+    """Measure while the kernel still lives, then as `IPyNbFile.teardown`."""
+    folder = ROOT / os.environ["COURSE_OUTPUT"]
+    if file.kernel is not None and file.kernel.is_alive():
+        seconds, pid = time.monotonic() - file.began, file.kernel.km.provisioner.pid
+        record(folder, file.path.stem, seconds, peak_mib(pid), folder_mib(folder) - file.disk_before)
+    _teardown(file)
+
+
+IPyNbFile.setup, IPyNbFile.teardown = setup, teardown

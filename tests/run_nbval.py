@@ -2,26 +2,31 @@
 
 First what needs no kernel: every code cell was executed in one clean run, and a cell whose output is not compared says
 why. Then nbval, strict, in the order of the file names, with a fresh `output/test` for all that the notebooks write.
+Last, what each notebook cost is compared with its header.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import headers
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks" / "en"
 CELL_SECONDS = 400
 
 
 def problems(path: Path) -> list[str]:
     """What is wrong with the stored form of a notebook, one line each."""
-    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    found = []
+    notebook = nbformat.read(path, as_version=4)
+    cells = [c for c in notebook.cells if c.cell_type == "code"]
+    found = headers.problems(notebook, path.stem) if path.parent == NOTEBOOKS else []
     counts = [cell.execution_count for cell in cells]
     if counts != list(range(1, len(cells) + 1)):
         found.append("not one clean run: execution counts are not 1, 2, 3, ...; run `make store`")
@@ -49,7 +54,14 @@ def main(folder: Path, cell_seconds: int) -> int:
     options = ["-p", "nbval_guard", "--nbval", f"--nbval-cell-timeout={cell_seconds}", "--durations=5", "-q"]
     options += [f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval_sanitize.cfg'}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, paths)]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    if code == 0 and folder == NOTEBOOKS:
+        measured = json.loads((ROOT / output / "measured.json").read_text(encoding="utf-8"))
+        for path in paths:
+            course = nbformat.read(path, as_version=4).metadata["course"]
+            found += headers.differences(course, measured[path.stem], path.stem)
+        print("\n".join(found) or "every notebook cost what its header says")
+    return code or int(bool(found))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs the notebooks in order, each in a fresh kernel, and says what came out.
 
-`python tests/run_series.py` leaves executed copies in `output/executed`; with `--store` the outputs are stored in the
-notebooks themselves, which is how the stored outputs are made.
+`python tests/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
+with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import nbformat
+from headers import folder_mib, peak_mib, record, write
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -38,8 +39,8 @@ def clean(notebook: nbformat.NotebookNode) -> None:
                     holder[key] = holder[key].replace(f"{ROOT}/", "")
 
 
-def run(path: Path) -> nbformat.NotebookNode:
-    """The executed notebook.
+def run(path: Path, output: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:
+    """The executed notebook, and what it cost: seconds, memory of its kernel and disk in MiB.
 
     Raises:
         CellExecutionError, DeadKernelError: a cell failed, or its kernel died.
@@ -50,9 +51,15 @@ def run(path: Path) -> nbformat.NotebookNode:
     limit = CELL_SECONDS if utils.settings().bundled else None
     resources = {"metadata": {"path": str(path.parent)}}
     # The kernel's warning about its (signed, local) TCP ports would break the progress lines.
-    NotebookClient(notebook, timeout=limit, resources=resources, extra_arguments=["--log-level=40"]).execute()
+    client = NotebookClient(notebook, timeout=limit, resources=resources, extra_arguments=["--log-level=40"])
+    begun, before = time.time(), folder_mib(output)
+    with client.setup_kernel():
+        for number, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, number)
+        memory = peak_mib(client.km.provisioner.pid)
     clean(notebook)
-    return notebook
+    cost = {"seconds": time.time() - begun, "memory_mib": memory, "disk_mib": folder_mib(output) - before}
+    return notebook, cost
 
 
 def summary(course: utils.Settings, seconds: float) -> None:
@@ -61,11 +68,11 @@ def summary(course: utils.Settings, seconds: float) -> None:
     print("\nBefore and after (greedy decoding)")
     for question, base, adapter in figures["before_after"]:
         print(f"  {question}\n    base     {base}\n    adapter  {adapter}")
-    held = figures["heldout"]
-    print("\nOn the held-out questions                  base   adapter")
-    print(f"  loss, nats a token                     {held['loss'][0]:6.2f}    {held['loss'][1]:6.2f}")
-    print(f"  stops by itself                        {held['stops'][0]:6.0%}    {held['stops'][1]:6.0%}")
-    print(f"  in role, by the rule of notebook 06    {held['in_role'][0]:6.0%}    {held['in_role'][1]:6.0%}")
+    for name, (base, adapter) in figures["heldout"].items():
+        print(f"\n{'On ' + name:42} base   adapter")
+        print(f"  loss, nats a token                     {base[0]:6.2f}    {adapter[0]:6.2f}")
+        print(f"  stops by itself                        {base[1]:6.0%}    {adapter[1]:6.0%}")
+        print(f"  in role, by the rule of notebook 06    {base[2]:6.0%}    {adapter[2]:6.0%}")
     print(
         f"\n{seconds / 60:.1f} minutes in all, {figures['training_seconds'] / 60:.1f} of them training; "
         f"the training kernel held at most {figures['training_kernel_gib']:.2f} GiB."
@@ -92,13 +99,16 @@ def main() -> int:
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun = time.time()
         try:
-            notebook = run(path)
+            notebook, cost = run(path, course.output)
         except (CellExecutionError, DeadKernelError, TimeoutError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             print(f"FAILED after {time.time() - begun:.0f} s\n{reason}")
             return 1
+        record(course.output, path.stem, **cost)
+        if store:
+            write(notebook, path.stem, cost)
         nbformat.write(notebook, path if store else executed / path.name)
-        print(f"{time.time() - begun:5.0f} s")
+        print(f"{cost['seconds']:5.0f} s  {cost['memory_mib']:6,.0f} MiB of memory")
     summary(course, time.time() - started)
     return 0
 

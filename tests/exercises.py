@@ -1,0 +1,93 @@
+"""Runs every exercise of the series: open, wrong and solved, each through its check cell.
+
+Run after `tests/run_nbval.py notebooks/en`, whose adapter in `output/test` the exercises of notebook 06 use:
+`python -m pytest -q tests/exercises.py`
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
+#: What the exercises of a notebook do not use and what would take minutes: from the first heading up to the second.
+NOT_NEEDED = {"05_lora_training": ("## 8 `TrainingArguments`", "## Exercises")}
+#: Which folders of an earlier run a notebook reads.
+READS = {"04_chat_template": ["rows"], "05_lora_training": ["tokens"], "06_inference": ["rows", "tokens", "lora"]}
+
+
+def exercises(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str, str]]:
+    """For each exercise: place of its cell, its title, a wrong answer, the solution.
+
+    Raises:
+        AssertionError: an exercise without a task, hint, check, solution or wrong answer.
+
+    """
+    found = []
+    for place, cell in enumerate(notebook.cells):
+        if "exercise" not in cell.metadata:
+            continue
+        task, check, after = notebook.cells[place - 1], notebook.cells[place + 1], notebook.cells[place + 2]
+        title = re.search(r"### (Exercise \d · (?:reading|changing|building).*)", task.source)
+        assert title, f"no heading above cell {cell.id}"
+        assert "<summary>Hint</summary>" in task.source, f"{title[1]}: no hint"
+        assert re.search(r"= \.\.\.", cell.source), f"{title[1]}: the stored answer is not open"
+        assert "check" in check.metadata.get("tags", []), f"{title[1]}: no check cell"
+        solution = re.search(r"<summary>Solution</summary>\n\n```python\n(.+?)```", after.source, re.DOTALL)
+        assert solution, f"{title[1]}: no solution"
+        found.append((place, title[1], cell.metadata["exercise"]["wrong"], solution[1]))
+    return found
+
+
+def with_answers(notebook: nbformat.NotebookNode, skip: tuple[str, str] | None) -> nbformat.NotebookNode:
+    """The notebook with each exercise's cell and check three times over: as stored, wrong, solved."""
+    answers = {place: (wrong, solution) for place, _, wrong, solution in exercises(notebook)}
+    cells, skipping = [], False
+    for place, cell in enumerate(notebook.cells):
+        if skip and cell.cell_type == "markdown":
+            skipping = skip[0] in cell.source or (skipping and skip[1] not in cell.source)
+        if skipping:
+            continue
+        cells.append(cell)
+        if place - 1 in answers:  # a check cell
+            for kind, source in zip(("wrong", "solved"), answers[place - 1], strict=True):
+                check = copy.deepcopy(cell)
+                check.metadata["exercise_test"] = kind
+                cells += [nbformat.v4.new_code_cell(source), check]
+            cell.metadata["exercise_test"] = "open"
+    notebook.cells = cells
+    return notebook
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_exercise_tells_right_from_wrong(path, monkeypatch):
+    output = ROOT / "output" / "exercises"
+    shutil.rmtree(output, ignore_errors=True)
+    for name in READS.get(path.stem, []):
+        assert (ROOT / "output" / "test" / name).is_dir(), "run tests/run_nbval.py notebooks/en first"
+        shutil.copytree(ROOT / "output" / "test" / name, output / name)
+    for name in [name for name in os.environ if name.startswith(("COURSE_", "SWANLAB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COURSE_OUTPUT", str(output))
+    notebook = nbformat.read(path, as_version=4)
+    titles = [title for _, title, _, _ in exercises(notebook)]
+    assert 2 <= len(titles) <= 4, titles
+    notebook = with_answers(notebook, NOT_NEEDED.get(path.stem))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    said: dict[str, list[str]] = {"open": [], "wrong": [], "solved": []}
+    for cell in notebook.cells:
+        if kind := cell.metadata.get("exercise_test"):
+            said[kind].append("".join(output.get("text", "") for output in cell.outputs))
+    for number, title in enumerate(titles):
+        assert said["open"][number].startswith("○ open"), (title, said["open"][number])
+        assert said["wrong"][number].startswith("✗ not yet: "), (title, said["wrong"][number])
+        assert "Error:" not in said["wrong"][number], f"{title}: the wrong answer only crashes"
+        assert said["solved"][number] == "✓ right\n", (title, said["solved"][number])

@@ -1,0 +1,134 @@
+"""The header of each notebook: what it costs, what it needs, when it was last verified; data first, table second.
+
+The data stands in the notebook's metadata under `course`; the cell tagged `header` shows it as a table. `make store`
+writes both from a measured run, and `make test` compares them with a run of its own.
+
+`python tests/headers.py gpu FILE` takes the minutes on a GPU from a `measured.json` that `tests/run_series.py` left on
+a machine with one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import utils  # noqa: E402
+
+#: Which notebook must have run before. The notebooks check it themselves; a test compares.
+NEEDS = {"04_chat_template": "03_dataset", "05_lora_training": "04_chat_template", "06_inference": "05_lora_training"}
+#: How far a run may lie from the header: a slower or busier machine is no fault, a forgotten header is.
+TIME_FACTOR, TIME_SLACK_SECONDS = 3.0, 20.0
+SIZE_FACTOR, SIZE_SLACK_MIB = 1.3, 60.0
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory that a process has held, in MiB; 0 where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def folder_mib(folder: Path) -> float:
+    """The size of all files below a folder, in MiB."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
+def packages(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """The pinned packages that the notebook's code imports, with their pins."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    imported = set(re.findall(r"^\s*(?:import|from)\s+(\w+)", code, re.MULTILINE))
+    return {name: pin for name, pin in utils.pins().items() if name.lower() in {one.lower() for one in imported}}
+
+
+def record(folder: Path, name: str, seconds: float, memory_mib: float, disk_mib: float) -> None:
+    """Add what one notebook cost to `measured.json` in the folder."""
+    path = folder / "measured.json"
+    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    costs[name] = {"seconds": round(seconds, 1), "memory_mib": round(memory_mib), "disk_mib": round(disk_mib, 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
+
+
+def table(data: dict[str, Any]) -> str:
+    """The header as a Markdown table."""
+    gpu = f"{data['minutes_gpu']} minutes on one {data['gpu']}" if "minutes_gpu" in data else "not measured"
+    needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else "nothing"
+    versions = ", ".join(f"{name} {pin}" for name, pin in data["packages"].items()) or "the standard library"
+    rows = [
+        ("time, bundled model", f"{data['minutes_cpu']} minutes on two CPU cores; {gpu}"),
+        ("memory, disk", f"{data['memory_mib']:,} MiB at most; writes {data['disk_mib']:,} MiB"),
+        ("needs from earlier", needs),
+        ("last verified", f"{data['verified']} with {versions}"),
+    ]
+    return "| this notebook | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in rows)
+
+
+def write(notebook: nbformat.NotebookNode, name: str, cost: dict[str, float] | None = None) -> None:
+    """Put the header into the notebook: new figures from `cost`, the others as they stand; an old header goes."""
+    data = dict(notebook.metadata.get("course", {}))
+    if cost:
+        data |= {
+            "minutes_cpu": max(0.1, round(cost["seconds"] / 60, 1)),
+            "memory_mib": 10 * round(cost["memory_mib"] / 10),
+            "disk_mib": round(cost["disk_mib"]),
+            "verified": datetime.now(UTC).date().isoformat(),
+        }
+    data |= {"needs": NEEDS.get(name, ""), "packages": packages(notebook)}
+    notebook.metadata["course"] = data
+    cells = [cell for cell in notebook.cells if "header" not in cell.metadata.get("tags", [])]
+    header = nbformat.v4.new_markdown_cell(table(data), id=f"{name[:2]}-header", metadata={"tags": ["header"]})
+    notebook.cells = [cells[0], header, *cells[1:]]
+
+
+def problems(notebook: nbformat.NotebookNode, name: str) -> list[str]:
+    """What is wrong with a notebook's header in itself, one line each."""
+    data = notebook.metadata.get("course")
+    shown = [cell.source for cell in notebook.cells if "header" in cell.metadata.get("tags", [])]
+    if not data or len(shown) != 1:
+        return [f"{name}: no header; run `make store`"]
+    found = []
+    if shown[0] != table(data):
+        found.append(f"{name}: the header's table is not what its metadata says; run `make store`")
+    if data["packages"] != packages(notebook):
+        found.append(f"{name}: the header's versions are not the pins of what it imports; run `make store`")
+    if data["needs"] != NEEDS.get(name, ""):
+        found.append(f"{name}: the header says it needs {data['needs'] or 'nothing'}")
+    return found
+
+
+def differences(data: dict[str, Any], cost: dict[str, float], name: str) -> list[str]:
+    """Where a run lies too far from the header, one line each."""
+    found = []
+    said = data["minutes_cpu"] * 60
+    if not (said - TIME_SLACK_SECONDS) / TIME_FACTOR <= cost["seconds"] <= said * TIME_FACTOR + TIME_SLACK_SECONDS:
+        found.append(f"{name}: the header says {said:.0f} s, this run took {cost['seconds']:.0f} s")
+    for key in ("memory_mib", "disk_mib"):
+        low, high = data[key] / SIZE_FACTOR - SIZE_SLACK_MIB, data[key] * SIZE_FACTOR + SIZE_SLACK_MIB
+        if cost[key] and not low <= cost[key] <= high:
+            found.append(f"{name}: the header says {data[key]} for {key}, this run took {cost[key]}")
+    return found
+
+
+def main(path: Path) -> None:
+    """Write the minutes of a run on a GPU into the headers."""
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    for file in sorted((ROOT / "notebooks" / "en").glob("*.ipynb")):
+        notebook = nbformat.read(file, as_version=4)
+        minutes = max(0.1, round(measured[file.stem]["seconds"] / 60, 1))
+        notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": measured["gpu"]}
+        write(notebook, file.stem)
+        nbformat.write(notebook, file)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "gpu":
+        sys.exit(__doc__)
+    main(Path(sys.argv[2]))
