@@ -31,6 +31,7 @@ dashboard: setup
 test: lint
 	@$(BIN)/python -m pytest -q tests
 	@$(BIN)/python tests/run_nbval.py notebooks/en
+	@$(BIN)/python -m pytest -q tests/exercises.py
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

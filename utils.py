@@ -436,7 +436,7 @@ def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
         total = sum(counts.values())
         bars = plot.barh(list(counts), [100 * count / total for count in counts.values()], color=BLUE)
         plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
-        plot.set(title=name, xlabel="% of the adapter", xlim=(0, 130))
+        plot.set(title=name, xlabel="% of the adapter", xlim=(0, 150))
         plot.invert_yaxis()
         shares = ", ".join(f"{group} {count / total:.1%}" for group, count in counts.items())
         said.append(f"{name}: {shares}")
@@ -460,14 +460,15 @@ def moved_picture(sizes: dict[str, dict[int, float]]) -> Shown:
 
 def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
     """Training loss (line) and every held-out loss (dashed, each with a marker of its own) of a `Trainer`'s log."""
-    curves: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, float]] = {"training": {}}
     for row in history:
         for key, value in row.items():
             if key == "loss":
-                curves.setdefault("training", {})[row["step"]] = value
+                curves["training"][row["step"]] = value
             elif held_out := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
                 name = (held_out[1] or "held-out").replace("_", " ")
                 curves.setdefault(name, {})[row["step"]] = value
+    curves = {name: curve for name, curve in curves.items() if curve}
     figure, (plot,) = axes(height=3.2)
     looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
     said = []

@@ -3,8 +3,8 @@
 The data stands in the notebook's metadata under `course`; the cell tagged `header` shows it as a table. `make store`
 writes both from a measured run, and `make test` compares them with a run of its own.
 
-`python tests/headers.py gpu FILE` takes the minutes on a GPU from a `measured.json` that `tests/run_series.py` left on
-a machine with one.
+`python tests/headers.py gpu FOLDER` takes the minutes on a GPU from the output folder of a `tests/run_series.py` on a
+machine with one.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ def differences(data: dict[str, Any], cost: dict[str, float], name: str) -> list
     return found
 
 
-def main(path: Path) -> None:
+def main(folder: Path) -> None:
     """Write the minutes of a run on a GPU into the headers."""
-    measured = json.loads(path.read_text(encoding="utf-8"))
+    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    gpu = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gpus"][0]
     for file in sorted((ROOT / "notebooks" / "en").glob("*.ipynb")):
         notebook = nbformat.read(file, as_version=4)
         minutes = max(0.1, round(measured[file.stem]["seconds"] / 60, 1))
-        notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": measured["gpu"]}
+        notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": gpu}
         write(notebook, file.stem)
         nbformat.write(notebook, file)
 

@@ -52,13 +52,12 @@ def run(path: Path, output: Path) -> tuple[nbformat.NotebookNode, dict[str, floa
     resources = {"metadata": {"path": str(path.parent)}}
     # The kernel's warning about its (signed, local) TCP ports would break the progress lines.
     client = NotebookClient(notebook, timeout=limit, resources=resources, extra_arguments=["--log-level=40"])
+    peaks = [0.0]
+    client.on_cell_executed = lambda **_: peaks.append(peak_mib(client.km.provisioner.pid))
     begun, before = time.time(), folder_mib(output)
-    with client.setup_kernel():
-        for number, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, number)
-        memory = peak_mib(client.km.provisioner.pid)
+    client.execute()
     clean(notebook)
-    cost = {"seconds": time.time() - begun, "memory_mib": memory, "disk_mib": folder_mib(output) - before}
+    cost = {"seconds": time.time() - begun, "memory_mib": max(peaks), "disk_mib": folder_mib(output) - before}
     return notebook, cost
 
 
