@@ -500,7 +500,8 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
         if array.size <= 200:  # with 128 experts the figures would cover the picture
             for i, row in enumerate(array):
                 for j, value in enumerate(row):
-                    plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=7)
+                    ink = "white" if value > 0.6 * top else "black"
+                    plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=8, color=ink)
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
         said.append(f"{title}: most used is expert {busiest[1]} of layer {first_layer + busiest[0]}, {array.max():.0%}")
     return picture(figure, f"Share of tokens by layer and expert, in %. {'; '.join(said)}.")
@@ -547,7 +548,7 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     ask = widgets.Button(description="Ask", tooltip="Ask both models")
     keep = widgets.Checkbox(description="keep the conversation", indent=False, value=False)
     show = widgets.Checkbox(description="show the template's text", indent=False, value=False)
-    prompt = widgets.Textarea(disabled=True, rows=6, layout=widgets.Layout(width="100%", display="none"))
+    prompt = widgets.Textarea(rows=8, layout=widgets.Layout(width="100%", display="none"))
     columns = {
         name: widgets.VBox([widgets.Label(name)], layout=widgets.Layout(width="50%")) for name in ("base", "adapter")
     }
@@ -565,7 +566,7 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
                 turns[name].append({"role": "assistant", "content": said})
             except Exception as error:  # a widget's callback has no cell to show an error in
                 said, turns[name] = f"{type(error).__name__}: {error}", []
-            lines = (widgets.Label(f"Q: {asked}"), widgets.Textarea(said, disabled=True, rows=2, layout=wide))
+            lines = (widgets.Label(f"Q: {asked}"), widgets.Textarea(said, rows=2, layout=wide))
             column.children = (column.children[0], *lines, *column.children[1:])
         ask.disabled = False
         question.value = ""
