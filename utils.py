@@ -548,7 +548,9 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     ask = widgets.Button(description="Ask", tooltip="Ask both models")
     keep = widgets.Checkbox(description="keep the conversation", indent=False, value=False)
     show = widgets.Checkbox(description="show the template's text", indent=False, value=False)
-    prompt = widgets.Textarea(rows=8, layout=widgets.Layout(width="100%", display="none"))
+    prompt = widgets.Textarea(
+        rows=8, tooltip="what the adapter reads", layout=widgets.Layout(width="100%", display="none")
+    )
     columns = {
         name: widgets.VBox([widgets.Label(name)], layout=widgets.Layout(width="50%")) for name in ("base", "adapter")
     }
@@ -566,7 +568,10 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
                 turns[name].append({"role": "assistant", "content": said})
             except Exception as error:  # a widget's callback has no cell to show an error in
                 said, turns[name] = f"{type(error).__name__}: {error}", []
-            lines = (widgets.Label(f"Q: {asked}"), widgets.Textarea(said, rows=2, layout=wide))
+            lines = (
+                widgets.Label(f"Q: {asked}"),
+                widgets.Textarea(said, rows=2, layout=wide, tooltip=f"answer of the {name}"),
+            )
             column.children = (column.children[0], *lines, *column.children[1:])
         ask.disabled = False
         question.value = ""
