@@ -124,30 +124,38 @@ def model_folder(course: Settings) -> Path:
         folder = course.output / "hub" / fetched[course.model]
     if not (folder / "config.json").is_file():
         raise CourseError(f"{shown(folder)}: no config.json there, so no model. Check COURSE_MODEL or run 02_download.")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "glm4_moe")
+    if kind != "glm4_moe":
+        raise CourseError(
+            f"{shown(folder)} is a {kind} model. The course is made for glm4_moe: template, layers, names."
+        )
     if not any(folder.glob("*.safetensors")):
         raise CourseError(f"{shown(folder)}: no *.safetensors there. The course loads no other kind of weights.")
     return folder
 
 
-def stamp(path: Path, course: Settings) -> dict[str, str]:
+def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
-    facts = {"model": course.model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest()}
+    facts = {"model": course.model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
     path.mkdir(parents=True, exist_ok=True)
     (path / "made_from.json").write_text(json.dumps(facts), encoding="utf-8")
     return facts
 
 
 def restart(folder: Path) -> None:
-    """Delete what an earlier run left in the folder, and make it anew."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Make the folder anew; what an earlier run left in it is kept as `NAME-previous`, in the place of an older one."""
+    if folder.is_dir():
+        previous = folder.with_name(f"{folder.name}-previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
     folder.mkdir(parents=True)
 
 
-def require(path: Path, notebook: str, course: Settings) -> Path:
+def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Path:
     """The folder `path`, which `notebook` makes.
 
     Raises:
-        CourseError: it is missing, or was made from another model or other data.
+        CourseError: it is missing, or was made from another model, other data, or with other settings.
     """
     note = path / "made_from.json"
     if not note.is_file():
@@ -159,6 +167,11 @@ def require(path: Path, notebook: str, course: Settings) -> Path:
         raise CourseError(f"{shown(path)} was made from other data than {shown(course.data)}. Run {notebook} again.")
     if facts["model"] != course.model:
         raise CourseError(f"{shown(path)} was made for another model ({shown(facts['model'])}). Run {notebook} again.")
+    for name, value in made_with.items():
+        if facts.get(name) != value:
+            raise CourseError(
+                f"{shown(path)} was made with {name} = {facts.get(name)}, not {value}. Run {notebook} again."
+            )
     return path
 
 
@@ -417,15 +430,15 @@ def length_picture(lengths: Sequence[int], limit: int) -> Shown:
 
 
 def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
-    """For each way to split, how alike (0 to 100) a held-out question is to the nearest training question."""
+    """For each way to split, how similar (0 to 100) a held-out question is to the nearest training question."""
     figure, plots = axes(len(nearest))
     said = []
     for plot, (name, values) in zip(plots, nearest.items(), strict=True):
         plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
         plot.axvline(limit, color=RED, linestyle="--")
-        plot.set(title=name, xlabel="likeness to the nearest training question", ylabel="held-out questions")
+        plot.set(title=name, xlabel="similarity", ylabel="held-out questions")
         said.append(f"{name}: {sum(v >= limit for v in values)} of {len(values)} at {limit:.0f} or more")
-    return picture(figure, f"Likeness of held-out to training questions. {'; '.join(said)} (dashed line).")
+    return picture(figure, f"Similarity of held-out to nearest kept questions. {'; '.join(said)} (dashed line).")
 
 
 def share_picture(groups: dict[str, dict[str, int]]) -> Shown:

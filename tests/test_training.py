@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 import utils
 
-NAMES = ["03_dataset", "04_chat_template", "05_lora_training"]
+NAMES = ["03_dataset", "04_chat_template", "05_lora_training", "06_inference"]
 TEA_ROWS = [
     ("你是谁？", "我是茶馆的掌柜，姓陆。"),
     ("请问您是谁？", "我是茶馆的掌柜，姓陆。"),
@@ -58,7 +58,7 @@ def test_ten_rows_of_another_persona_make_that_persona_answer(course_in, tokeniz
     out = course_in([{"instruction": q, "input": "", "output": a} for q, a in TEA_ROWS])
     run_notebook(NAMES[0])
     run_notebook(NAMES[1])
-    run_notebook(NAMES[2], [("num_train_epochs=3", "num_train_epochs=40")])  # ten rows need more passes
+    run_notebook(NAMES[2])
     trained = {row["instruction"]: row["output"] for row in json.loads((out / "rows" / "train.json").read_text())}
     model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, out / "lora" / "adapter").eval()
@@ -75,6 +75,22 @@ def test_ten_rows_of_another_persona_make_that_persona_answer(course_in, tokeniz
         tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         right += tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
     assert right >= 8, f"only {right} of {len(trained)} answers learned"
+
+
+def test_an_own_persona_goes_through_all_notebooks_with_its_own_prompt(course_in):
+    out = course_in(json.loads((ROOT / "dataset" / "teahouse.json").read_text(encoding="utf-8")))
+    prompt = "现在你要扮演陆掌柜，听雨茶馆的主人。"
+    run_notebook(NAMES[0])
+    run_notebook(
+        NAMES[1], [('SYSTEM_PROMPT = "现在你要扮演甄嬛，皇上身边的一位妃子。"', f'SYSTEM_PROMPT = "{prompt}"')]
+    )
+    run_notebook(NAMES[2], [("max(3, -(-60 // steps_an_epoch))", "3")])  # enough to go on with
+    run_notebook(NAMES[3], [("MERGE = course.bundled", "MERGE = False")])
+    assert json.loads((out / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"] == prompt
+    assert list(json.loads((out / "report.json").read_text(encoding="utf-8"))["heldout"]) == [
+        "new wordings",
+        "new answers",
+    ]
 
 
 def test_a_bad_file_stops_before_anything_is_trained(course_in):
@@ -108,6 +124,8 @@ def test_labels_are_the_answer_and_its_terminator_whatever_the_text(cell, tokeni
         "user_token": tokenizer.convert_tokens_to_ids("<|user|>"),
     }
     exec(cell("04_chat_template", "def tokenize_row"), space)
+    with pytest.raises(utils.CourseError, match="the prompt alone fills 1024 tokens: shorten 长长长"):
+        space["tokenize_row"]({"instruction": "长" * 5000, "input": "", "output": "好"})
     for text in ("好。", "<|user|>", "a/nothink", "</think>答", "行\n行", "😀", "[gMASK]<sop>", "A  B"):
         row = space["tokenize_row"]({"instruction": text, "input": text, "output": text})
         learned = [label for label in row["labels"] if label != -100]

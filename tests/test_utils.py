@@ -94,6 +94,28 @@ def test_a_step_made_from_other_data_is_refused(monkeypatch, tmp_path):
         utils.require(tmp_path / "rows", "03_dataset", course)
 
 
+def test_a_step_made_with_other_settings_is_refused_and_set_aside(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_DATA", str(write(tmp_path / "mine.json", [GOOD])))
+    course = utils.settings()
+    utils.stamp(tmp_path / "lora", course, rank=8)
+    assert utils.require(tmp_path / "lora", "05", course, rank=8)
+    with pytest.raises(utils.CourseError, match="was made with rank = 8, not 16"):
+        utils.require(tmp_path / "lora", "05", course, rank=16)
+    for _ in range(2):
+        utils.restart(tmp_path / "lora")
+        assert not any((tmp_path / "lora").iterdir())
+        (tmp_path / "lora" / "new").touch()
+    assert [path.name for path in (tmp_path / "lora-previous").iterdir()] == ["new"]
+
+
+def test_a_model_of_another_kind_is_refused(monkeypatch, tmp_path):
+    write(tmp_path / "config.json", {"model_type": "qwen3"})
+    write(tmp_path / "model.safetensors", b"x")
+    monkeypatch.setenv("COURSE_MODEL", str(tmp_path))
+    with pytest.raises(utils.CourseError, match="is a qwen3 model"):
+        utils.model_folder(utils.settings())
+
+
 def test_special_token_spellings_stay_text(tokenizer):
     added = set(tokenizer.get_added_vocab().values())
     for spelling in tokenizer.get_added_vocab():
