@@ -27,8 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Threads of torch that wait shall sleep, not spin: beside another kernel on the same two cores, spinning made a training
-# step ten times slower (8.4 s instead of 0.8 s). Read when torch is imported, so it stands before every such import.
+# Threads of torch that wait shall sleep, not spin: beside another kernel on the same two cores, spinning made a step of
+# training ten times slower (8.4 s instead of 0.8 s). It is read when torch is imported, so it stands before that.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parent
