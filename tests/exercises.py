@@ -19,7 +19,10 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
 #: What the exercises of a notebook do not use and what would take minutes: from the first heading up to the second.
-NOT_NEEDED = {"05_lora_training": ("## 8 `TrainingArguments`", "## Exercises")}
+NOT_NEEDED = {
+    "05_lora_training": ("## 8 `TrainingArguments`", "## Exercises"),
+    "07_failure_lab": ("## 1 The answer comes", "## 8 Tools"),
+}
 #: Which folders of an earlier run a notebook reads.
 READS = {"04_chat_template": ["rows"], "05_lora_training": ["tokens"], "06_inference": ["rows", "tokens", "lora"]}
 

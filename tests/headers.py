@@ -45,7 +45,9 @@ def packages(notebook: nbformat.NotebookNode) -> dict[str, str]:
     """The pinned packages that the notebook's code imports, with their pins."""
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     imported = set(re.findall(r"^\s*(?:import|from)\s+(\w+)", code, re.MULTILINE))
-    return {name: pin for name, pin in utils.pins().items() if name.lower() in {one.lower() for one in imported}}
+    return {
+        name: pin for name, pin in sorted(utils.pins().items()) if name.lower() in {one.lower() for one in imported}
+    }
 
 
 def record(folder: Path, name: str, seconds: float, memory_mib: float, disk_mib: float) -> None:
@@ -61,7 +63,7 @@ def table(data: dict[str, Any]) -> str:
     """The header as a Markdown table."""
     gpu = f"{data['minutes_gpu']} minutes on one {data['gpu']}" if "minutes_gpu" in data else "not measured"
     needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else "nothing"
-    versions = ", ".join(f"{name} {pin}" for name, pin in data["packages"].items()) or "the standard library"
+    versions = ", ".join(f"{name} {pin}" for name, pin in sorted(data["packages"].items())) or "the standard library"
     rows = [
         ("time, bundled model", f"{data['minutes_cpu']} minutes on two CPU cores; {gpu}"),
         ("memory, disk", f"{data['memory_mib']:,} MiB at most; writes {data['disk_mib']:,} MiB"),

@@ -92,5 +92,5 @@ def test_a_run_far_from_the_header_is_named(seconds, memory, disk, count):
 
 
 def test_the_demo_questions_that_are_looked_up_are_those_that_are_asked(cell):
-    asked = re.search(r"questions = (\[.+?\])", cell("06_inference", "taught = json.loads"))[1]
+    asked = re.search(r"questions = (\[.+?\])", cell("06_inference", "seen = {row"))[1]
     assert f"demo = {asked}" in cell("03_dataset", "demo = [")
