@@ -27,8 +27,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores slowed
-# each other tenfold (8.4 s instead of 0.8 s a step). It is read when torch is imported, so it stands before that.
+# Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
+# slowed each other tenfold (8.4 s instead of 0.8 s a step). Read when torch is imported, so it stands before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 ROOT = Path(__file__).resolve().parent
