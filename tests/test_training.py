@@ -133,6 +133,23 @@ def test_labels_are_the_answer_and_its_terminator_whatever_the_text(cell, tokeni
         assert row["input_ids"].count(space["user_token"]) == 2
 
 
+def test_training_twice_in_one_kernel_is_refused(cell):
+    from torch import nn
+
+    class Adapter(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.lora_B = nn.Linear(1, 1)
+            nn.init.constant_(self.lora_B.weight, size)
+            nn.init.zeros_(self.lora_B.bias)
+
+    source = cell("05_lora_training", "import get_last_checkpoint")
+    with pytest.raises(utils.CourseError, match="This kernel has trained already"):
+        exec(source, {"utils": utils, "model": Adapter(0.1)})
+    with pytest.raises(NameError, match="run_folder"):  # an untouched adapter passes the guard and goes on
+        exec(source, {"utils": utils, "model": Adapter(0.0)})
+
+
 def planted(folder, source, outputs=(), **metadata):
     code = nbformat.v4.new_code_cell(source, execution_count=1, outputs=list(outputs), metadata=metadata)
     nbformat.write(nbformat.v4.new_notebook(cells=[code]), folder / "01_planted.ipynb")
