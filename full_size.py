@@ -1,0 +1,514 @@
+"""What makes LoRA training of GLM-4.5-Air fast, small and safe at its full size; `train.py` and notebook 08 use it.
+
+Knows packed rows, low-rank products grouped by expert, 4-bit experts, loading over several GPUs, and merging.
+Does not know the data, the prompt or the optimiser: those stand in notebooks 03 to 05 and in `train.py`.
+What fits and how long it takes is computed in `planner.py`.
+
+Everything here computes the same function as the textbook way; tests/test_full_size.py holds it to that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import ParamWrapper
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AttentionInterface, AutoConfig, BitsAndBytesConfig, Glm4MoeForCausalLM
+from transformers.data.data_collator import DataCollatorWithFlattening
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from utils import CourseError, shown
+
+EXPERTS = ("gate_up_proj", "down_proj")
+GROUPS = {
+    "attention": "self_attn",
+    "dense": "layers.0.mlp",
+    "shared experts": "shared_experts",
+    "routed experts": "mlp.experts",
+}
+
+# ------------------------------------------------------------------------------------------- LoRA, by groups
+
+
+def lora_config(rank: int = 8, groups: tuple[str, ...] = tuple(GROUPS)) -> LoraConfig:
+    """LoRA on the named groups, the update scaled by 2, as notebook 05 writes it out.
+
+    Raises:
+        CourseError: a group that is none of `GROUPS`.
+    """
+    if unknown := sorted(set(groups) - set(GROUPS)):
+        raise CourseError(f"LoRA on {', '.join(unknown)}: no such group. There are: {', '.join(GROUPS)}.")
+    dense = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    tensors = []
+    if "routed experts" in groups:
+        tensors += [f"mlp.experts.{name}" for name in EXPERTS]
+    if "shared experts" in groups:
+        tensors += [f"shared_experts.{name}" for name in dense]
+    if "dense" in groups:
+        tensors += [f"layers.0.mlp.{name}" for name in dense]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if "attention" in groups else [],
+        target_parameters=tensors,
+    )
+
+
+def attached(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable parameters of each group; whatever is trained outside the groups counts as `elsewhere`."""
+    counts = dict.fromkeys([*GROUPS, "elsewhere"], 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[next((group for group, part in GROUPS.items() if part in name), "elsewhere")] += parameter.numel()
+    return counts
+
+
+def attach(model: torch.nn.Module, config: LoraConfig, grouped: bool = True) -> PeftModel:
+    """The model with a new adapter; with `grouped`, in the form that `GroupedLora` computes.
+
+    Raises:
+        CourseError: a name that matches nothing, or dropout, which peft refuses on fused experts.
+    """
+    if config.lora_dropout and config.target_parameters:
+        raise CourseError(
+            f"lora_dropout={config.lora_dropout}: peft refuses dropout on fused tensors. Set it to 0, "
+            "or adapt attention alone."
+        )
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    for target in [*(config.target_modules or ()), *(config.target_parameters or ())]:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise CourseError(f"LoRA target {target}: nothing in the model has this name, so nothing would be trained.")
+    with experts_in_shape(model):
+        model = get_peft_model(model, config)
+    if grouped:
+        group_by_expert(model)
+    return model
+
+
+def load_adapter(model: torch.nn.Module, folder: Path, grouped: bool = True) -> PeftModel:
+    """The model with a saved adapter; the weights may be bf16 or 4-bit, whatever it was trained on.
+
+    Raises:
+        CourseError: no adapter there, weights that are not safetensors, or an adapter of another model.
+    """
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights.is_file():
+        raise CourseError(f"{shown(folder)}: no adapter_config.json and adapter_model.safetensors there.")
+    adapter_fits(folder, model.config)
+    with experts_in_shape(model):
+        model = PeftModel.from_pretrained(model, str(folder))
+    if grouped:
+        group_by_expert(model)
+    return model
+
+
+def adapter_fits(folder: Path, config: Any) -> None:
+    """Compare the adapter's shapes with the model's configuration.
+
+    Raises:
+        CourseError: it was trained on a model with other sizes, or more layers.
+    """
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    layers = 1 + max((int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))), default=-1)
+    hidden = next((shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name), config.hidden_size)
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    experts = {shape[0] // rank for name, shape in shapes.items() if re.search(r"mlp\.experts\..*lora_A", name)}
+    found = (hidden, layers, experts.pop() if experts else config.n_routed_experts)
+    wanted = (config.hidden_size, config.num_hidden_layers, config.n_routed_experts)
+    if found != wanted:
+        told = "hidden size {}, {} layers, {} routed experts"
+        raise CourseError(
+            f"{shown(folder)} was trained on another model ({told.format(*found)}); this one has "
+            f"{told.format(*wanted)}. Nothing was loaded."
+        )
+
+
+# ------------------------------------------------------------------ low-rank products, grouped by expert
+
+
+class GroupedLora(ParamWrapper):
+    """peft's wrapper of a tensor, computing `W x + s B (A x)` instead of `(W + s B A) x`.
+
+    peft adds the full-size update `B A` to a layer's experts in every forward pass: 1.5 billion numbers for one
+    fused tensor of GLM-4.5-Air. The two factors hold 128 x 8 rows each.
+    """
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A of shape (experts, rank, in), B of shape (experts, out, rank), and the scale; None if switched off."""
+        if self.disable_adapters or self.merged:
+            return None
+        name = self.active_adapters[0]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a = a.reshape(self.num_experts, -1, a.shape[-1])
+        b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)  # peft's order: the rank before the expert
+        return a, b, self.scaling[name]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the base layer gives, with the update; fused experts add it themselves."""
+        if len(self.active_adapters) != 1:
+            raise CourseError(f"{len(self.active_adapters)} adapters are active at once; here it is one.")
+        found = None if self.num_experts > 1 else self.factors()
+        if found is None:
+            return self.base_layer(x, *args, **kwargs)
+        a, b, scale = found
+        return self.base_layer(x) + F.linear(F.linear(x, a[0].to(x.dtype)), b[0].to(x.dtype)) * scale
+
+
+def group_by_expert(model: PeftModel) -> None:
+    """Let every wrapper of a tensor compute as `GroupedLora` does, and the experts find theirs by name."""
+    for module in model.modules():
+        if type(module) is ParamWrapper:
+            module.__class__ = GroupedLora
+            if module.num_experts > 1:
+                experts = module.get_base_layer()
+                experts.adapters = {**experts.__dict__.get("adapters", {}), module.parameter_name: module}
+    model.get_base_model().set_experts_implementation("grouped_lora")
+
+
+class Sorted(torch.autograd.Function):
+    """`x[order // copies]`: each token to the places of its experts.
+
+    The gradient sums each token's copies in the token's order. That of plain indexing adds with one atomic operation
+    a number, slow on a GPU and not in a fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """x (tokens, hidden), order and its inverse (tokens * copies,) -> (tokens * copies, hidden)."""
+        ctx.save_for_backward(inverse)
+        ctx.tokens = x.shape[0]
+        return x[order // (order.shape[0] // x.shape[0])]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+
+
+class Unsorted(torch.autograd.Function):
+    """`x[inverse]`, with `grad[order]` as its gradient: the same reason as `Sorted`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """x (n, hidden), order and its inverse (n,) -> (n, hidden)."""
+        ctx.save_for_backward(order)
+        return x[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grad[order], None, None
+
+
+def grouped_lora_experts(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The routed experts: tokens sorted by expert, then one grouped product for each weight and each factor.
+
+    Args:
+        self: transformers' experts module, its weights (experts, out, in) in any form that reads as a tensor.
+        hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, k).
+
+    Returns:
+        (tokens, hidden), in the type of `hidden_states`.
+    """
+    tokens, k = top_k_index.shape
+    few = None
+    if "packed" in self.__dict__ and tokens * k < self.num_experts and not torch.is_grad_enabled():
+        few, top_k_index = torch.unique(top_k_index, return_inverse=True)  # unpack only who is asked
+    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    edges = torch.arange(1, (self.num_experts if few is None else few.shape[0]) + 1, device=order.device)
+    ends = torch.searchsorted(chosen, edges).to(torch.int32)  # where each expert's tokens end
+
+    def project(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = read(self, name, few)
+        x = x.to(weight.dtype)
+        y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        adapter = self.__dict__.get("adapters", {}).get(name)
+        if adapter is not None and (found := adapter.factors()):
+            a, b, scale = found
+            if few is not None:
+                a, b = a[few], b[few]
+            # A grouped product wants rows of 16 bytes, so a rank below 8 (in bf16) is filled up with zeros.
+            fill = -a.shape[1] % (16 // x.element_size())
+            a = F.pad(a.to(x.dtype), (0, 0, 0, fill)).transpose(-2, -1)
+            b = F.pad(b.to(x.dtype) * scale, (0, fill)).contiguous().transpose(-2, -1)
+            y = y + F.grouped_mm(F.grouped_mm(x, a, offs=ends), b, offs=ends)
+        return y
+
+    with torch.autocast(hidden_states.device.type, enabled=False):  # grouped products do not take part in autocast
+        x = Sorted.apply(hidden_states, order, inverse)
+        y = project("down_proj", self._apply_gate(project("gate_up_proj", x)))
+        y = Unsorted.apply(y, order, inverse).view(tokens, k, -1)
+        return torch.bmm(top_k_weights.unsqueeze(1).to(y.dtype), y).squeeze(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("grouped_lora", grouped_lora_experts)
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def ranks() -> int:
+    """How many processes `torchrun` or `accelerate launch` started for this run; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_shards(folder: Path) -> int:
+    """Every shard that the index names is there and as long as its own header says.
+
+    Returns:
+        The bytes of all shards.
+
+    Raises:
+        CourseError: shards that are missing or cut short, by name.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CourseError(
+            f"{shown(folder)}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}). Run notebook 02_download again: it fetches only what is missing."
+        )
+    for name in names:
+        with open(folder / name, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < 2**27 else {}
+        ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
+        if not ends or (folder / name).stat().st_size != 8 + length + max(ends):
+            raise CourseError(f"{shown(folder / name)} is cut short or damaged. Delete it and run 02_download again.")
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def load_model(
+    folder: Path, bits: int = 16, attention: str = "packed", experts: str = "grouped_lora", device_map: Any = None
+) -> torch.nn.Module:
+    """The model, ready for an adapter, in bounded host memory: shards are mapped and go to their device at once.
+
+    On a CPU it is float32. On one GPU bf16, or with `bits=4` packed while it is read. Started by `torchrun` on
+    several GPUs, each process reads and keeps its share of every layer (FSDP2 by transformers); 4-bit weights are
+    small enough that each process keeps all of them.
+
+    Raises:
+        CourseError: missing or damaged shards, or neither 4 nor 16 bits.
+    """
+    if bits not in (4, 16):
+        raise CourseError(f"bits={bits}: 16 (bf16, float32 on a CPU) or 4 (NF4).")
+    check_shards(folder)
+    config = AutoConfig.from_pretrained(folder)
+    gpu = torch.cuda.is_available()
+    how: dict[str, Any] = {"attn_implementation": attention, "experts_implementation": experts}
+    how["dtype"] = torch.bfloat16 if gpu else torch.float32
+    if bits == 4:
+        how["quantization_config"] = FourBit(bnb_4bit_compute_dtype=how["dtype"])
+        how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if gpu else "cpu"}
+    elif ranks() > 1:
+        from transformers.distributed import DistributedConfig
+
+        how["distributed_config"] = DistributedConfig(fsdp_size=ranks())
+    elif gpu:
+        how["device_map"] = device_map or "auto"
+    # The layer after the last one predicts a second token; it is in the checkpoint and takes no part here.
+    prediction = rf"model\.layers\.{config.num_hidden_layers}\."
+    kind = Glm4MoeForCausalLM
+    kind._keys_to_ignore_on_load_unexpected = [*(kind._keys_to_ignore_on_load_unexpected or ()), prediction]
+    model = kind.from_pretrained(folder, **how)
+    model.config.use_cache = False  # training reads each row once
+    return model
+
+
+# --------------------------------------------------------------------------------- packed rows, no padding
+
+
+class PackedRows(DataCollatorWithFlattening):
+    """The samples of a batch end to end in one row, with what the model needs to keep them apart.
+
+    Adds to transformers' collator: logits are computed only where a label is (151,552 numbers for each position
+    saved), and the labels come already shifted to the position that predicts them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(return_flash_attn_kwargs=True)
+
+    def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """[{input_ids, labels}, ...] -> input_ids, labels, position_ids (1, tokens); the kept positions and their
+        labels (kept,); where samples begin (samples + 1,)."""
+        samples = [{key: sample[key] for key in ("input_ids", "labels")} for sample in features]
+        batch = super().__call__(samples, *args, **kwargs)
+        # Position t predicts label t + 1. The last one predicts nothing.
+        predicts = torch.nonzero(batch["labels"][0, 1:] != -100).squeeze(1)
+        batch["logits_to_keep"] = predicts
+        batch["shift_labels"] = batch["labels"][0, predicts + 1]
+        return batch
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of a packed row; no mask of tokens x tokens is ever made.
+
+    Args:
+        query: (1, heads, tokens, dim). key, value: (1, key heads, tokens, dim).
+        cu_seq_lens_q: where samples begin and the last one ends, (samples + 1,), int32.
+
+    Returns:
+        (1, tokens, heads, dim), and None for the weights.
+
+    Raises:
+        CourseError: the batch does not say where its samples begin.
+    """
+    if cu_seq_lens_q is None:
+        raise CourseError("Packed attention got a batch that PackedRows did not make. Use it, or attention 'sdpa'.")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn  # flash attention, which knows no CPU and no float32
+
+        shared_keys = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # torch 2.12
+        edges, longest = cu_seq_lens_q, max_length_q
+        out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling, window_size=(-1, 0), **shared_keys)
+    else:
+        parts = [
+            F.scaled_dot_product_attention(
+                *(x[start:end].transpose(0, 1) for x in (q, k, v)), is_causal=True, scale=scaling, enable_gqa=True
+            )
+            for start, end in pairwise(cu_seq_lens_q.tolist())
+        ]
+        out = torch.cat(parts, dim=1).transpose(0, 1)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+# ----------------------------------------------------------------------------------------- 4-bit experts
+
+NF4_EXPERTS = "bitsandbytes_4bit_experts"
+
+
+class FourBit(BitsAndBytesConfig):
+    """NF4 with compressed scales for every `Linear` but the head (as transformers does) and for the fused experts."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=kwargs.pop("bnb_4bit_compute_dtype", torch.bfloat16),
+        )
+        self.quant_method = NF4_EXPERTS
+
+
+class FourBitExpertsQuantizer(Bnb4BitHfQuantizer):
+    """Quantises each layer's experts as soon as they are loaded, so that one layer at most stands in bf16."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.states: dict[str, Any] = {}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return is_experts(param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> Any:
+        from bitsandbytes.functional import quantize_4bit
+        from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+
+        states = self.states
+
+        class Quantize(Bnb4bitQuantize):
+            def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+                done = {}
+                for name in [name for name in input_dict if is_experts(name)]:
+                    value = input_dict.pop(name)
+                    value = value[0] if isinstance(value, list) else value
+                    packed, states[name] = quantize_4bit(value.contiguous(), quant_type="nf4", compress_statistics=True)
+                    done[name] = torch.nn.Parameter(packed, requires_grad=False)
+                return done | (super().convert(input_dict, *args, **kwargs) if input_dict else {})
+
+        return Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, state in self.states.items():
+            experts, tensor = get_module_from_name(model, name)
+            experts.__dict__.setdefault("packed", {})[tensor] = state
+        self.states.clear()
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def is_experts(name: str) -> bool:
+    """Whether the tensor of this name is one of the fused experts'."""
+    return name.endswith(tuple(f"mlp.experts.{tensor}" for tensor in EXPERTS))
+
+
+def read(experts: torch.nn.Module, name: str, few: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight (experts, out, in), unpacked if it is stored in 4 bits; of the experts `few` alone if given."""
+    state = experts.__dict__.get("packed", {}).get(name)
+    if state is None:
+        return getattr(experts, name)
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    packed = getattr(experts, name)
+    if few is not None:
+        # bitsandbytes keeps one scale for 64 numbers, itself in 8 bits: take the numbers and scales of these experts.
+        outer, each = state.state2, state.absmax.shape[0] // state.shape[0]
+        blocks = (few.unsqueeze(1) * each + torch.arange(each, device=few.device)).flatten()
+        scale = outer.code[state.absmax[blocks].long()] * outer.absmax[blocks // outer.blocksize] + state.offset
+        packed = packed.view(state.shape[0], -1)[few].view(-1, 1)
+        state = QuantState(
+            absmax=scale,
+            shape=torch.Size((few.shape[0], *state.shape[1:])),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+    return dequantize_4bit(packed, state)
+
+
+@contextmanager
+def experts_in_shape(model: torch.nn.Module) -> Iterator[None]:
+    """For the time being, packed experts show peft the shape and type that they stand for, in no memory."""
+    packed = [(module, name) for module in model.modules() for name in module.__dict__.get("packed", {})]
+    kept = [(module, name, module._parameters[name]) for module, name in packed]
+    for module, name, parameter in kept:
+        state = module.packed[name]
+        shown_as = torch.empty(1, dtype=state.dtype, device=parameter.device).expand(state.shape)
+        module._parameters[name] = torch.nn.Parameter(shown_as, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[NF4_EXPERTS] = FourBit
+AUTO_QUANTIZER_MAPPING[NF4_EXPERTS] = FourBitExpertsQuantizer

@@ -1,0 +1,248 @@
+"""LoRA training without a browser: what notebook 05 does, on one processor, one GPU, several GPUs or several hosts.
+
+    python train.py                                      one process; the bundled model on a CPU
+    python train.py --bits 4                             GLM-4.5-Air on one 80 GB GPU
+    torchrun --nproc-per-node 2 train.py                 two GPUs; each keeps half of every layer
+    python train.py --plan                               what it would need, before anything is loaded
+
+Rows and prompt come from notebooks 03 and 04, model and folders from the same settings (`COURSE_MODEL`, ...). The
+adapter goes where notebook 06 looks for it. `tests/test_train.py` trains the bundled model both ways and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # packed rows differ in length
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import utils  # before torch: it bounds how long waiting threads spin
+
+# isort: split
+import torch
+from datasets import load_from_disk
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+import full_size
+import planner
+
+for harmless in ("(rank|alpha)_pattern keys", "`is_gradient_checkpointing` is deprecated", "'pin_memory' argument"):
+    warnings.filterwarnings("ignore", message=f".*{harmless}")
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; every default is what notebook 05 uses."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--plan", action="store_true", help="say what it needs and stop")
+    parse.add_argument("--bits", type=int, choices=(4, 16), default=16, help="4: weights in NF4, experts included")
+    parse.add_argument("--rank", type=int, default=8)
+    parse.add_argument("--attention-only", action="store_true", help="LoRA on attention alone, 3 %% of the parameters")
+    parse.add_argument("--samples", type=int, default=16, help="samples of one step, over all GPUs and passes")
+    parse.add_argument("--passes", type=int, default=1, help="passes that one step is split into, to save memory")
+    parse.add_argument("--epochs", type=int, default=None, help="default: 3, or as many as make 60 steps")
+    parse.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever the epochs")
+    parse.add_argument("--learning-rate", type=float, default=None, help="default: 4e-3 small, 1e-4 large")
+    parse.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=None)
+    parse.add_argument("--save-steps", type=int, default=50)
+    parse.add_argument("--seed", type=int, default=42)
+    return parse.parse_args(arguments)
+
+
+class ShardedTrainer(Trainer):
+    """`Trainer` for weights that transformers spread over the GPUs, with checkpoints that resume.
+
+    transformers 5.23 refuses to save the optimiser of such a model, because it may be in shards. Here it is not: the
+    adapter is whole on every GPU, and so are its moments. So they are saved and read as for one GPU.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        arguments = kwargs["args"]
+        sharded = getattr(kwargs["model"], "is_distributed_loading_by_transformers", False)
+        arguments.save_only_model = sharded
+        super().__init__(*args, **kwargs)
+        arguments.save_only_model = False
+
+
+class Progress(TrainerCallback):
+    """One line for each entry of the log, from the first process."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = {key: f"{value:.4g}" for key, value in logs.items() if "loss" in key or key in ("learning_rate",)}
+            if kept:
+                print(f"step {state.global_step}/{state.max_steps}  {kept}", flush=True)
+
+
+def swanlab_callback(course: utils.Settings, settings: dict[str, Any]) -> list[Any]:
+    """SwanLab's callback, in the first process alone; a cloud that does not answer or a missing key records locally."""
+    mode = "online" if course.swanlab_mode == "cloud" else course.swanlab_mode
+    if mode == "disabled" or int(os.environ.get("RANK", "0")):
+        return []
+    if mode == "online" and ("SWANLAB_API_KEY" not in os.environ or not utils.reachable("api.swanlab.cn")):
+        print("No SWANLAB_API_KEY, or the SwanLab cloud does not answer; recording locally.")
+        mode = "local"
+    from swanlab.integration.transformers import SwanLabCallback
+
+    folder = str(course.output / "swanlab")
+    callback = SwanLabCallback(project="glm-4.5-air-lora", experiment_name="huanhuan", mode=mode, log_dir=folder)
+    callback.update_config(settings)
+    return [callback]
+
+
+def train(chosen: argparse.Namespace) -> Trainer:
+    """Plan, load, attach, train, save: sections 2 to 14 of notebook 05.
+
+    Returns:
+        The trainer, its log history in `state.log_history`.
+
+    Raises:
+        utils.CourseError: it does not fit, something of an earlier notebook is missing, or the samples of a step
+            cannot be shared out evenly.
+    """
+    course, rank = utils.settings(), int(os.environ.get("RANK", "0"))
+    tokens_folder = utils.require(course.output / "tokens", "04_chat_template", course)
+    folder, run_folder = utils.model_folder(course), course.output / "lora"
+    config = AutoConfig.from_pretrained(folder)
+    groups = ("attention",) if chosen.attention_only else tuple(full_size.GROUPS)
+    share = full_size.ranks() * chosen.passes
+    if chosen.samples % share:
+        raise utils.CourseError(
+            f"--samples {chosen.samples} cannot be shared out over {full_size.ranks()} processes and "
+            f"{chosen.passes} passes. Use a multiple of {share}."
+        )
+    parts = {path.name: load_from_disk(str(path)) for path in sorted(tokens_folder.iterdir()) if path.is_dir()}
+    rows = parts.pop("train")
+    small = config.hidden_size < 1024
+    epochs = chosen.epochs or max(3, -(-60 // -(-len(rows) // chosen.samples)))
+    checkpointing = not small if chosen.checkpointing is None else chosen.checkpointing
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    plan = planner.plan(
+        config,
+        rank=chosen.rank,
+        groups=groups,
+        bits=chosen.bits,
+        samples=chosen.samples,
+        passes=chosen.passes,
+        tokens_a_sample=sum(lengths) / len(lengths),
+        rows=len(rows),
+        epochs=epochs,
+        checkpointing=checkpointing,
+        machine=planner.this_machine(course.output),
+        processes=full_size.ranks(),
+    )
+    if rank == 0:
+        print(plan.text(), flush=True)
+    plan.require_fit()
+
+    set_seed(chosen.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 3: NaN gradients
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = full_size.load_model(folder, bits=chosen.bits)
+    set_seed(chosen.seed)
+    model = full_size.attach(model, full_size.lora_config(chosen.rank, groups))
+    if rank == 0:
+        print("trainable parameters:", {group: f"{n:,}" for group, n in full_size.attached(model).items() if n})
+
+    arguments = TrainingArguments(
+        output_dir=str(run_folder / "checkpoints"),
+        per_device_train_batch_size=chosen.samples // share,
+        gradient_accumulation_steps=chosen.passes,
+        per_device_eval_batch_size=40,
+        num_train_epochs=epochs,
+        max_steps=chosen.max_steps,
+        learning_rate=chosen.learning_rate or (4e-3 if small else 1e-4),
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        bf16=torch.cuda.is_available(),
+        activation_checkpointing=checkpointing,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=50,
+        eval_on_start=True,
+        prediction_loss_only=True,
+        save_steps=chosen.save_steps,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=chosen.seed,
+        report_to="none",
+    )
+    made_with = {"rows": len(rows), "rank": chosen.rank, "learning_rate": arguments.learning_rate, "epochs": epochs}
+    made_with |= {"seed": chosen.seed, "groups": list(groups), "bits": chosen.bits, "samples": chosen.samples}
+    checkpoint = start_or_resume(run_folder, course, made_with) if rank == 0 else None
+    if torch.distributed.is_initialized():
+        box = [checkpoint]
+        torch.distributed.broadcast_object_list(box, src=0)
+        checkpoint = box[0]
+    trainer = ShardedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=parts,
+        data_collator=full_size.PackedRows(),
+        processing_class=tokenizer,
+        callbacks=[Progress(), *swanlab_callback(course, {"model": utils.shown(folder), "lora_r": chosen.rank})],
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.time()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.time() - started
+    trainer.evaluate()
+    if rank == 0:
+        model.save_pretrained(run_folder / "adapter")
+        tokenizer.save_pretrained(run_folder / "adapter")
+        shutil.copy(tokens_folder / "prompt.json", run_folder)
+        utils.stamp(run_folder, course)
+        print(f"{seconds:.0f} s of training; adapter in {utils.shown(run_folder / 'adapter')}")
+    return trainer
+
+
+def start_or_resume(run_folder: Path, course: utils.Settings, made_with: dict[str, Any]) -> str | None:
+    """The checkpoint of an unfinished run with these very settings, or None after setting an older run aside."""
+    checkpoints = run_folder / "checkpoints"
+    try:
+        utils.require(checkpoints, "05_lora_training", course, **made_with)
+        unfinished = not (run_folder / "made_from.json").is_file()
+    except utils.CourseError:
+        unfinished = False
+    checkpoint = get_last_checkpoint(str(checkpoints)) if unfinished else None
+    if not unfinished:
+        utils.restart(run_folder)
+    utils.stamp(checkpoints, course, **made_with)
+    print("resuming from", utils.shown(checkpoint) if checkpoint else "nothing: a new run")
+    return checkpoint
+
+
+def main() -> int:
+    """Run the command line; a foreseeable mistake ends in one message and status 1."""
+    chosen = options()
+    try:
+        if chosen.plan:
+            course = utils.settings()
+            print(json.dumps({}), end="") if False else None
+            return 0
+        train(chosen)
+    except utils.CourseError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
