@@ -10,11 +10,13 @@ Everything here computes the same function as the textbook way; tests/test_full_
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +37,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from utils import CourseError, shown
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up a processor
 EXPERTS = ("gate_up_proj", "down_proj")
 GROUPS = {
     "attention": "self_attn",
@@ -101,6 +104,11 @@ def attach(model: torch.nn.Module, config: LoraConfig, grouped: bool = True) -> 
     if grouped:
         group_by_expert(model)
     return model
+
+
+def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors alone, which are whole in every process; what `save_pretrained(state_dict=...)` takes."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
 
 def load_adapter(model: torch.nn.Module, folder: Path, grouped: bool = True) -> PeftModel:
@@ -194,13 +202,14 @@ class Sorted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """x (tokens, hidden), order and its inverse (tokens * copies,) -> (tokens * copies, hidden)."""
+        """X (tokens, hidden), order and its inverse (tokens * copies,) -> (tokens * copies, hidden)."""
         ctx.save_for_backward(inverse)
         ctx.tokens = x.shape[0]
         return x[order // (order.shape[0] // x.shape[0])]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """(tokens * copies, hidden) -> (tokens, hidden)."""
         (inverse,) = ctx.saved_tensors
         return grad[inverse].view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
 
@@ -210,12 +219,13 @@ class Unsorted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """x (n, hidden), order and its inverse (n,) -> (n, hidden)."""
+        """X (n, hidden), order and its inverse (n,) -> (n, hidden)."""
         ctx.save_for_backward(order)
         return x[inverse]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """(n, hidden) -> (n, hidden)."""
         (order,) = ctx.saved_tensors
         return grad[order], None, None
 
@@ -294,7 +304,7 @@ def check_shards(folder: Path) -> int:
             f"{', ...' if len(missing) > 3 else ''}). Run notebook 02_download again: it fetches only what is missing."
         )
     for name in names:
-        with open(folder / name, "rb") as file:
+        with (folder / name).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < 2**27 else {}
         ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
@@ -355,7 +365,8 @@ class PackedRows(DataCollatorWithFlattening):
 
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """[{input_ids, labels}, ...] -> input_ids, labels, position_ids (1, tokens); the kept positions and their
-        labels (kept,); where samples begin (samples + 1,)."""
+        labels (kept,); where samples begin (samples + 1,).
+        """
         samples = [{key: sample[key] for key in ("input_ids", "labels")} for sample in features]
         batch = super().__call__(samples, *args, **kwargs)
         # Position t predicts label t + 1. The last one predicts nothing.
@@ -436,9 +447,11 @@ class FourBitExpertsQuantizer(Bnb4BitHfQuantizer):
         self.states: dict[str, Any] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """The fused experts too."""
         return is_experts(param_name) or super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> Any:
+        """How a tensor is packed once all its experts are read."""
         from bitsandbytes.functional import quantize_4bit
         from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
@@ -512,3 +525,92 @@ def experts_in_shape(model: torch.nn.Module) -> Iterator[None]:
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[NF4_EXPERTS] = FourBit
 AUTO_QUANTIZER_MAPPING[NF4_EXPERTS] = FourBitExpertsQuantizer
+
+
+# ------------------------------------------------------------------------------------------------- merging
+
+
+def updates(adapter: Path, config: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each tensor of the checkpoint that the adapter changes, by its name there, how to make its update.
+
+    The names are the checkpoint's own: one tensor for each expert, `gate` and `up` apart.
+    """
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    scale, rank, experts = settings["lora_alpha"] / settings["r"], settings["r"], config.n_routed_experts
+    inner = config.moe_intermediate_size
+    file = safe_open(adapter / "adapter_model.safetensors", "pt")
+    made: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def product(key: str) -> torch.Tensor:
+        a, b = (file.get_tensor(f"{key}.lora_{part}.weight").float() for part in "AB")
+        return scale * b @ a
+
+    def of_expert(key: str, expert: int, start: int, end: int) -> torch.Tensor:
+        a = file.get_slice(f"{key}.lora_A.weight")[expert * rank : (expert + 1) * rank].float()
+        b = file.get_slice(f"{key}.lora_B.weight")[start:end].reshape(end - start, rank, experts)[:, :, expert].float()
+        return scale * b @ a
+
+    for name in file.keys():  # noqa: SIM118 (not a dictionary)
+        if not name.endswith(".lora_A.weight"):
+            continue
+        key = name.removesuffix(".lora_A.weight")
+        target = key.removeprefix("base_model.model.")
+        if ".mlp.experts" not in target:
+            made[f"{target}.weight"] = partial(product, key)
+            continue
+        layer = target[: target.index(".mlp.experts")]
+        fused = file.get_slice(name).get_shape()[1] == config.hidden_size and target.endswith(".base_layer")
+        parts = {"gate_proj": (0, inner), "up_proj": (inner, 2 * inner)}
+        if not fused:
+            parts = {"down_proj": (0, config.hidden_size)}
+        for expert in range(experts):
+            for part, (start, end) in parts.items():
+                made[f"{layer}.mlp.experts.{expert}.{part}.weight"] = partial(of_expert, key, expert, start, end)
+    return made
+
+
+def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] = print) -> int:
+    """The checkpoint with the adapter's update added, shard by shard: one shard at a time stands in memory.
+
+    The result has the layout of the original, prediction layer and all, so that whatever serves that one serves it.
+
+    Returns:
+        How many tensors were changed.
+
+    Raises:
+        CourseError: a folder that holds something already, too little disk, a damaged checkpoint, or an adapter that
+            was trained on another model. A shard appears under its name only when it is whole.
+    """
+    total = check_shards(folder)
+    config = AutoConfig.from_pretrained(folder)
+    adapter_fits(adapter, config)
+    if out.is_dir() and any(out.iterdir()):
+        raise CourseError(f"{shown(out)} is not empty. Name a new folder, or empty this one. Nothing was written.")
+    parent = next(path for path in (out, *out.parents) if path.is_dir())
+    if (free := shutil.disk_usage(parent).free) < 1.01 * total:
+        raise CourseError(
+            f"The merged checkpoint takes {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free at {shown(parent)}. "
+            "Nothing was written."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    change, changed = updates(adapter, config), set()
+    shards = sorted(folder.glob("*.safetensors"))
+    for number, shard in enumerate(shards, 1):
+        tensors = {}
+        with safe_open(shard, "pt") as file:
+            metadata = file.metadata() or {"format": "pt"}
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensor = file.get_tensor(name)
+                if name in change:
+                    tensor = (tensor.float() + change[name]()).to(tensor.dtype)
+                    changed.add(name)
+                tensors[name] = tensor
+        save_file(tensors, out / f"{shard.name}.part", metadata)
+        (out / f"{shard.name}.part").rename(out / shard.name)
+        report(f"shard {number} of {len(shards)}: {shard.name}")
+    if missed := sorted(set(change) - changed):
+        raise CourseError(f"{len(missed)} tensors of the adapter are not in {shown(folder)}: {missed[0]}, ...")
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
+            shutil.copy(path, out)
+    return len(changed)

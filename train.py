@@ -4,6 +4,7 @@
     python train.py --bits 4                             GLM-4.5-Air on one 80 GB GPU
     torchrun --nproc-per-node 2 train.py                 two GPUs; each keeps half of every layer
     python train.py --plan                               what it would need, before anything is loaded
+    python train.py --merge output/merged                the adapter into a checkpoint of the original's layout
 
 Rows and prompt come from notebooks 03 and 04, model and folders from the same settings (`COURSE_MODEL`, ...). The
 adapter goes where notebook 06 looks for it. `tests/test_train.py` trains the bundled model both ways and compares.
@@ -12,7 +13,6 @@ adapter goes where notebook 06 looks for it. `tests/test_train.py` trains the bu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -30,6 +30,7 @@ import utils  # before torch: it bounds how long waiting threads spin
 import torch
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -44,6 +45,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; every default is what notebook 05 uses."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--plan", action="store_true", help="say what it needs and stop")
+    parse.add_argument(
+        "--merge", metavar="FOLDER", help="write the checkpoint with the trained adapter merged, and stop"
+    )
     parse.add_argument("--bits", type=int, choices=(4, 16), default=16, help="4: weights in NF4, experts included")
     parse.add_argument("--rank", type=int, default=8)
     parse.add_argument("--attention-only", action="store_true", help="LoRA on attention alone, 3 %% of the parameters")
@@ -56,6 +60,30 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parse.add_argument("--save-steps", type=int, default=50)
     parse.add_argument("--seed", type=int, default=42)
     return parse.parse_args(arguments)
+
+
+def made_plan(chosen: argparse.Namespace, rows: Any = None) -> planner.Plan:
+    """The planner's answer for this command line and machine; without rows, for the course's usual lengths."""
+    course = utils.settings()
+    on_disk = Path(course.model).is_dir() or course.model != "ZhipuAI/GLM-4.5-Air"
+    config = AutoConfig.from_pretrained(utils.model_folder(course)) if on_disk else planner.AIR
+    lengths = [len(ids) for ids in rows["input_ids"]] if rows is not None else None
+    count = len(lengths) if lengths else 3729
+    small = config.hidden_size < 1024
+    return planner.plan(
+        config,
+        rank=chosen.rank,
+        groups=("attention",) if chosen.attention_only else tuple(full_size.GROUPS),
+        bits=chosen.bits,
+        samples=chosen.samples,
+        passes=chosen.passes,
+        tokens_a_sample=sum(lengths) / count if lengths else 60.6,
+        rows=count,
+        epochs=chosen.epochs or max(3, -(-60 // -(-count // chosen.samples))),
+        checkpointing=not small if chosen.checkpointing is None else chosen.checkpointing,
+        machine=planner.this_machine(course.output),
+        processes=full_size.ranks(),
+    )
 
 
 class ShardedTrainer(Trainer):
@@ -72,11 +100,17 @@ class ShardedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         arguments.save_only_model = False
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Left to itself, peft gathers every weight of the base model, 199 GiB, and then throws it away.
+        if self.args.should_save:
+            super()._save(output_dir, state_dict=full_size.adapter_state(self.model))
+
 
 class Progress(TrainerCallback):
     """One line for each entry of the log, from the first process."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Losses and learning rate alone."""
         if state.is_world_process_zero:
             kept = {key: f"{value:.4g}" for key, value in logs.items() if "loss" in key or key in ("learning_rate",)}
             if kept:
@@ -112,37 +146,21 @@ def train(chosen: argparse.Namespace) -> Trainer:
     course, rank = utils.settings(), int(os.environ.get("RANK", "0"))
     tokens_folder = utils.require(course.output / "tokens", "04_chat_template", course)
     folder, run_folder = utils.model_folder(course), course.output / "lora"
-    config = AutoConfig.from_pretrained(folder)
     groups = ("attention",) if chosen.attention_only else tuple(full_size.GROUPS)
     share = full_size.ranks() * chosen.passes
     if chosen.samples % share:
         raise utils.CourseError(
-            f"--samples {chosen.samples} cannot be shared out over {full_size.ranks()} processes and "
-            f"{chosen.passes} passes. Use a multiple of {share}."
+            f"--samples {chosen.samples} cannot be shared out over {full_size.ranks()} process(es) and "
+            f"{chosen.passes} pass(es). Use a multiple of {share}."
         )
     parts = {path.name: load_from_disk(str(path)) for path in sorted(tokens_folder.iterdir()) if path.is_dir()}
     rows = parts.pop("train")
-    small = config.hidden_size < 1024
-    epochs = chosen.epochs or max(3, -(-60 // -(-len(rows) // chosen.samples)))
-    checkpointing = not small if chosen.checkpointing is None else chosen.checkpointing
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    plan = planner.plan(
-        config,
-        rank=chosen.rank,
-        groups=groups,
-        bits=chosen.bits,
-        samples=chosen.samples,
-        passes=chosen.passes,
-        tokens_a_sample=sum(lengths) / len(lengths),
-        rows=len(rows),
-        epochs=epochs,
-        checkpointing=checkpointing,
-        machine=planner.this_machine(course.output),
-        processes=full_size.ranks(),
-    )
+    plan = made_plan(chosen, rows)
     if rank == 0:
         print(plan.text(), flush=True)
     plan.require_fit()
+    epochs, checkpointing = plan.epochs, plan.checkpointing
+    small = AutoConfig.from_pretrained(folder).hidden_size < 1024
 
     set_seed(chosen.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 3: NaN gradients
@@ -165,6 +183,8 @@ def train(chosen: argparse.Namespace) -> Trainer:
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() else "gloo",
         activation_checkpointing=checkpointing,
         logging_steps=10,
         logging_nan_inf_filter=False,
@@ -202,11 +222,13 @@ def train(chosen: argparse.Namespace) -> Trainer:
     seconds = time.time() - started
     trainer.evaluate()
     if rank == 0:
-        model.save_pretrained(run_folder / "adapter")
+        model.save_pretrained(run_folder / "adapter", state_dict=full_size.adapter_state(model))
         tokenizer.save_pretrained(run_folder / "adapter")
         shutil.copy(tokens_folder / "prompt.json", run_folder)
         utils.stamp(run_folder, course)
         print(f"{seconds:.0f} s of training; adapter in {utils.shown(run_folder / 'adapter')}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while the first process still writes
     return trainer
 
 
@@ -231,10 +253,14 @@ def main() -> int:
     chosen = options()
     try:
         if chosen.plan:
+            print(made_plan(chosen).text())
+        elif chosen.merge:
             course = utils.settings()
-            print(json.dumps({}), end="") if False else None
-            return 0
-        train(chosen)
+            adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
+            count = full_size.merge(utils.model_folder(course), adapter, Path(chosen.merge))
+            print(f"{count:,} tensors changed; the checkpoint is in {utils.shown(chosen.merge)}")
+        else:
+            train(chosen)
     except utils.CourseError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1

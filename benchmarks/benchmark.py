@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,10 +27,10 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import torch
-from checkpoint import AIR, write
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import full_size
+from checkpoint import AIR, write
 
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
 FLOP_A_TOKEN = 48e9  # forward and backward through 12 B active parameters, none of their gradients: 4 x 12 B
@@ -81,10 +80,12 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start when all earlier work is done."""
         torch.cuda.synchronize()
         self.began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop when this step's work is done."""
         torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
@@ -270,14 +271,14 @@ def worker(options: argparse.Namespace) -> None:
         result |= {"torch": torch.__version__, "matrix_tflops": round(rate / 1e12)}
         if rank == 0:
             print(json.dumps(result), flush=True)
-            with open(options.out, "a", encoding="utf-8") as file:
+            with Path(options.out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     if options.generate and rank == 0:
         result = {"recipe": "generate", "bits": options.bits, "layers": options.layers} | generation(model)
         print(json.dumps(result), flush=True)
-        with open(options.out, "a", encoding="utf-8") as file:
+        with Path(options.out).open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 
 

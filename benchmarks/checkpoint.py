@@ -12,13 +12,7 @@ from pathlib import Path
 
 from transformers import Glm4MoeConfig
 
-AIR = Glm4MoeConfig(
-    vocab_size=151552, hidden_size=4096, num_hidden_layers=46, max_position_embeddings=131072,
-    num_attention_heads=96, num_key_value_heads=8, head_dim=128, attention_bias=True, use_qk_norm=False,
-    intermediate_size=10944, first_k_dense_replace=1, moe_intermediate_size=1408,
-    n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=1, n_group=1, topk_group=1,
-    pad_token_id=151329, eos_token_id=[151329, 151336, 151338], tie_word_embeddings=False, dtype="bfloat16",
-)  # fmt: skip
+from planner import AIR
 
 
 def tensors(config: Glm4MoeConfig) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -80,7 +74,7 @@ def write(folder: Path, config: Glm4MoeConfig = AIR, shards: int = 47) -> int:
         file = f"model-{number:05d}-of-{len(headers):05d}.safetensors"
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
-        with open(folder / file, "wb") as out:
+        with (folder / file).open("wb") as out:
             out.write(len(head).to_bytes(8, "little") + head)
             out.truncate(8 + len(head) + max(entry["data_offsets"][1] for entry in header.values()))
         weight_map |= dict.fromkeys(header, file)

@@ -1,0 +1,360 @@
+"""What a LoRA run of a GLM-4.5 model needs, computed before anything is loaded: memory, disk, hours, and what fits.
+
+Memory is counted: every term is a number of tensors of known shape. Time is counted work over measured rates: the
+constants in `CARDS` were fitted to the runs in `benchmarks/measured.json` (random weights), nothing else. So it holds
+for those cards, and is a guess for others. `tests/test_planner.py` compares it with every measured row.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import Glm4MoeConfig
+
+from utils import CourseError
+
+GIB = 2**30
+GROUPS = ("attention", "dense", "shared experts", "routed experts")
+
+AIR = Glm4MoeConfig(
+    vocab_size=151552, hidden_size=4096, num_hidden_layers=46, max_position_embeddings=131072,
+    num_attention_heads=96, num_key_value_heads=8, head_dim=128, attention_bias=True, use_qk_norm=False,
+    intermediate_size=10944, first_k_dense_replace=1, moe_intermediate_size=1408,
+    n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=1, n_group=1, topk_group=1,
+    pad_token_id=151329, eos_token_id=[151329, 151336, 151338], tie_word_embeddings=False, dtype="bfloat16",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of GPU.
+
+    Attributes:
+        gib: memory that torch can use. tflops: bf16 matrix products, measured. copies: TB/s of memory, measured.
+        link: TB/s that one GPU receives from its neighbours.
+    """
+
+    gib: float
+    tflops: float
+    copies: float
+    link: float
+
+
+CARDS = {
+    "H100": Card(79.2, 792, 3.0, 0.35),
+    "H200": Card(139.8, 782, 4.3, 0.35),
+    "A100": Card(79.2, 250, 1.7, 0.25),
+}
+CPU = Card(0, 0.1, 0.02, 0.005)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: GPUs (0 for a processor alone), GiB of each, what kind, free host memory and disk in GiB."""
+
+    gpus: int
+    gib_each: float
+    card: str
+    host_gib: float
+    disk_gib: float
+
+    def words(self) -> str:
+        """The machine in a few words."""
+        if not self.gpus:
+            return f"no GPU, {self.host_gib:.0f} GiB of memory free"
+        return f"{self.gpus} x {self.card} of {self.gib_each:.0f} GiB"
+
+
+def this_machine(folder: Path) -> Machine:
+    """The GPUs, host memory and disk of this machine; the disk is that of `folder`."""
+    import psutil
+    import torch
+
+    gpus = torch.cuda.device_count()
+    name = torch.cuda.get_device_name(0) if gpus else "CPU"
+    gib = min((torch.cuda.mem_get_info(i)[0] / GIB for i in range(gpus)), default=0.0)
+    while not folder.exists():
+        folder = folder.parent
+    return Machine(
+        gpus=gpus,
+        gib_each=gib,
+        card=next((card for card in CARDS if card in name), name),
+        host_gib=psutil.virtual_memory().available / GIB,
+        disk_gib=shutil.disk_usage(folder).free / GIB,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+def adapter_parameters(config: Any, rank: int, groups: tuple[str, ...] = GROUPS) -> dict[str, int]:
+    """Numbers that LoRA adds to each group: rank x (inputs + outputs) of every weight; derived in notebook 05."""
+    hidden, expert = config.hidden_size, config.moe_intermediate_size
+    heads, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    moe_layers = config.num_hidden_layers - config.first_k_dense_replace
+    per_rank = {
+        "attention": config.num_hidden_layers * (2 * (hidden + heads) + 2 * (hidden + keys)),
+        "dense": config.first_k_dense_replace * 3 * (hidden + config.intermediate_size),
+        "shared experts": moe_layers * 3 * (hidden + expert * config.n_shared_experts),
+        "routed experts": moe_layers * config.n_routed_experts * ((hidden + 2 * expert) + (expert + hidden)),
+    }
+    return {group: rank * per_rank[group] for group in GROUPS if group in groups}
+
+
+def parameters(config: Any) -> dict[str, int]:
+    """Numbers in the model by kind: `routed`, `linear` (attention, shared and dense MLPs) and `rest`."""
+    hidden, expert = config.hidden_size, config.moe_intermediate_size
+    heads, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layers, dense = config.num_hidden_layers, config.first_k_dense_replace
+    linear = layers * (2 * hidden * heads + 2 * hidden * keys) + dense * 3 * hidden * config.intermediate_size
+    linear += (layers - dense) * 3 * hidden * expert * config.n_shared_experts
+    head = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
+    bias = layers * (heads + 2 * keys) if config.attention_bias else 0
+    router = (layers - dense) * config.n_routed_experts * hidden
+    return {
+        "routed": (layers - dense) * config.n_routed_experts * 3 * hidden * expert,
+        "linear": linear,
+        "rest": head + bias + router + (2 * layers + 1) * hidden,
+    }
+
+
+def active_parameters(config: Any) -> float:
+    """Numbers that one token is multiplied with, embeddings left out."""
+    count = parameters(config)
+    return count["linear"] + count["routed"] * config.num_experts_per_tok / config.n_routed_experts
+
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a scale in 8 bits for 64 numbers, its scale in 32 for 256 of those
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one arrangement needs. Sizes in GiB; `gpu` holds the terms of the fullest device."""
+
+    machine: Machine
+    bits: int
+    processes: int
+    samples: int
+    passes: int
+    checkpointing: bool
+    trained: dict[str, int]
+    gpu: dict[str, float]
+    checkpoint_gib: float
+    weights_disk_gib: float
+    step_seconds: float
+    epochs: int
+    steps: int
+    advice: str = ""
+
+    @property
+    def peak(self) -> float:
+        """GiB on the fullest device."""
+        return sum(self.gpu.values())
+
+    @property
+    def room(self) -> float:
+        """GiB that one device can give."""
+        return self.machine.gib_each if self.machine.gpus else self.machine.host_gib
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory, GPUs and the disk for three checkpoints are there."""
+        enough = not self.machine.gpus or self.processes <= self.machine.gpus
+        return enough and self.peak <= 0.97 * self.room and 3 * self.checkpoint_gib <= self.machine.disk_gib
+
+    def text(self) -> str:
+        """The plan in five lines."""
+        where = "each GPU" if self.machine.gpus else "this machine"
+        terms = " + ".join(f"{name} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
+        kind = "4-bit weights" if self.bits == 4 else "bf16 weights" if self.machine.gpus else "float32 weights"
+        minutes = self.steps * self.step_seconds / 60
+        lasts = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.1f} minutes"
+        return "\n".join(
+            [
+                f"Plan for {self.machine.words()}: {kind}, {self.processes} process(es), "
+                f"{self.samples} samples a step in {self.passes} pass(es), "
+                f"{'with' if self.checkpointing else 'without'} activation checkpointing",
+                f"  {sum(self.trained.values()):,} trainable parameters",
+                f"  memory of {where}: {terms} = {self.peak:.1f} of {self.room:.1f} GiB",
+                f"  disk: {self.checkpoint_gib:.2f} GiB a checkpoint, two kept and one being written; "
+                f"{self.machine.disk_gib:.0f} GiB free",
+                f"  time: {self.steps} steps of about {self.step_seconds:.2f} s: {lasts}"
+                + ("" if self.machine.card in CARDS else " (a guess: no such card was measured)"),
+                f"  {'fits' if self.fits else 'does not fit. ' + self.advice}",
+            ]
+        )
+
+    def require_fit(self) -> None:
+        """Raise a CourseError with figures and the nearest arrangement that fits, unless this one does."""
+        if self.fits:
+            return
+        if self.machine.gpus and self.processes > self.machine.gpus:
+            raise CourseError(f"{self.processes} processes were started for {self.machine.gpus} GPUs. Start one a GPU.")
+        if 3 * self.checkpoint_gib > self.machine.disk_gib:
+            raise CourseError(
+                f"Three checkpoints take {3 * self.checkpoint_gib:.1f} GiB, {self.machine.disk_gib:.1f} GiB are free. "
+                "Free some, or set COURSE_OUTPUT to another disk."
+            )
+        raise CourseError(
+            f"This needs {self.peak:.1f} GiB on each device, {self.room:.1f} GiB are free. {self.advice} "
+            "Nothing was loaded."
+        )
+
+
+# ---------------------------------------------------------------------------------------- memory and time
+
+#: Seconds of a processor to launch the kernels of one layer, forward and backward: (bits, checkpointing). Measured.
+LAUNCH = {(16, True): 0.0215, (16, False): 0.0115, (4, True): 0.0310, (4, False): 0.0200}
+MATRIX_SHARE, COPY_SHARE = 0.35, 0.53  # of the measured rates of a card that a step reaches; fitted
+
+
+def memory(
+    config: Any,
+    trained: int,
+    bits: int,
+    tokens: float,
+    labels: float,
+    checkpointing: bool,
+    gpus: int,
+    processes: int,
+    recipe: str = "ours",
+    routed: bool = True,
+) -> dict[str, float]:
+    """GiB on one device.
+
+    Args:
+        tokens: that one pass reads on one device. labels: for how many of them logits are computed.
+        gpus: 0 for a processor, which computes in float32. recipe: `ours`, or `textbook` (peft's full-size update).
+    """
+    count, size = parameters(config), 2 if gpus else 4
+    hidden, inner, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    heads = config.num_attention_heads * config.head_dim
+    layer = size * config.n_routed_experts * 3 * hidden * inner  # the routed experts of one layer
+    if bits == 4:
+        weights = NF4_BYTES * (count["routed"] + count["linear"]) + size * count["rest"]
+    else:
+        weights = size * sum(count.values())
+    gathered = 0.0
+    if processes > 1 and bits == 16:
+        head = size * config.vocab_size * hidden
+        weights, gathered = weights / processes, head + 2 * (layer + size * count["linear"] / config.num_hidden_layers)
+    # A layer's own tensors for each token: what the routed rows, the heads and the hidden states keep while it is
+    # computed again and differentiated.
+    at_work = size * tokens * (k * (5 * hidden + 6 * inner) + 5 * heads + 8 * hidden)
+    if checkpointing:
+        kept = size * tokens * config.num_hidden_layers * hidden
+    else:
+        kept = size * tokens * config.num_hidden_layers * (k * (3 * hidden + 4 * inner) + 3 * heads + 4 * hidden)
+        kept += 2 * size * trained  # the factors in the type of the product
+    unpacked = layer if bits == 4 or (recipe == "textbook" and routed) else 0.0
+    logits = labels * config.vocab_size * (size + 8)
+    gradients = 4 * trained
+    return {
+        "weights": weights / GIB,
+        "gathered layers": gathered / GIB,
+        "adapter and optimiser": (12 * trained + gradients) / GIB,
+        # Checkpoints are used up while gradients come into being, so the larger of the two counts.
+        "activations": (max(kept - gradients, 0) + max(at_work + unpacked, logits)) / GIB,
+        "rest": 1.5 if gpus else 0.8,
+    }
+
+
+def seconds(
+    config: Any, bits: int, tokens: float, checkpointing: bool, card: Card, gpus: int, processes: int, passes: int
+) -> float:
+    """Seconds of one step; `tokens` is what one pass reads on one device."""
+    active, count = active_parameters(config), parameters(config)
+    reads = 3 if checkpointing else 2
+    compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE)
+    moved = 2.0 * reads * (count["routed"] + count["linear"])
+    if bits == 4:
+        moved += (reads - 1) * (2 + NF4_BYTES) * (count["routed"] + count["linear"])
+    work = compute + moved / (card.copies * 1e12 * COPY_SHARE)
+    launch = LAUNCH[bits, checkpointing] * config.num_hidden_layers if gpus else 0.0
+    gather = 0.0
+    if processes > 1 and bits == 16:
+        gather = 2 * 2 * sum(count.values()) * (processes - 1) / processes / (card.link * 1e12)
+    return passes * max(work, launch, gather)
+
+
+def plan(
+    config: Any = AIR,
+    rank: int = 8,
+    groups: tuple[str, ...] = GROUPS,
+    bits: int = 16,
+    samples: int = 16,
+    passes: int = 1,
+    tokens_a_sample: float = 60.6,
+    label_share: float = 0.33,
+    rows: int = 3729,
+    epochs: int = 3,
+    checkpointing: bool = True,
+    machine: Machine | None = None,
+    processes: int = 1,
+    advise: bool = True,
+) -> Plan:
+    """The whole plan of one arrangement; the defaults are the role-play set of `benchmarks/lengths.json`.
+
+    Args:
+        processes: how many `torchrun` starts; with 16 bits each keeps a share of every layer, with 4 bits all of it.
+        advise: look for the nearest arrangement that fits when this one does not.
+    """
+    machine = machine or this_machine(Path.cwd())
+    trained = adapter_parameters(config, rank, groups)
+    total = sum(trained.values())
+    tokens = samples * tokens_a_sample / passes / processes
+    labels = tokens * label_share
+    routed = "routed experts" in groups
+    gpu = memory(config, total, bits, tokens, labels, checkpointing, machine.gpus, processes, routed=routed)
+    card = CARDS.get(machine.card, CARDS["A100"] if machine.gpus else CPU)
+    step = seconds(config, bits, tokens, checkpointing, card, machine.gpus, processes, passes)
+    made = Plan(
+        machine=machine,
+        bits=bits,
+        processes=processes,
+        samples=samples,
+        passes=passes,
+        checkpointing=checkpointing,
+        trained=trained,
+        gpu=gpu,
+        checkpoint_gib=12 * total / GIB,
+        weights_disk_gib=2 * sum(parameters(config).values()) / GIB,
+        step_seconds=step,
+        epochs=epochs,
+        steps=epochs * -(-rows // samples),
+    )
+    if made.fits or not advise:
+        return made
+    asked = {"config": config, "rank": rank, "groups": groups, "samples": samples, "rows": rows, "epochs": epochs}
+    asked |= {"tokens_a_sample": tokens_a_sample, "label_share": label_share, "advise": False}
+    return replace(made, advice=nearest(made, asked))
+
+
+def nearest(made: Plan, asked: dict[str, Any]) -> str:
+    """What would fit: on this machine if anything does, else how many GPUs of 80 GB."""
+    machine = made.machine
+    if machine.gpus:
+        for bits, processes in ((made.bits, made.processes), (16, machine.gpus), (4, 1)):
+            for passes in (1, 2, 4, 8, 16):
+                if asked["samples"] % (passes * processes):
+                    continue
+                found = plan(**asked, bits=bits, passes=passes, machine=machine, processes=processes)
+                if found.fits:
+                    start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
+                    return (
+                        f"This would fit in {found.peak:.0f} GiB: {start} train.py --bits {bits} "
+                        f"--samples {asked['samples']} --passes {passes}"
+                        + (f" --rank {asked['rank']}." if asked["rank"] != 8 else ".")
+                    )
+    disk = max(machine.disk_gib, 3 * made.checkpoint_gib)
+    for bits, gpus in ((4, 1), (16, 4), (16, 8), (16, 16)):
+        rented = Machine(gpus, CARDS["H100"].gib, "H100", machine.host_gib, disk)
+        samples = -(-asked["samples"] // gpus) * gpus
+        processes = gpus if bits == 16 else 1
+        found = plan(**(asked | {"samples": samples}), bits=bits, machine=rented, processes=processes)
+        if found.fits:
+            return f"{gpus} GPU(s) of 80 GB with --bits {bits} would do ({found.peak:.0f} GiB each)."
+    return "Nothing up to 16 GPUs of 80 GB would do: lower the rank."
