@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import socket
 import threading
 import urllib.parse
@@ -82,30 +84,30 @@ class FaultyHub(utils.LocalHub):
         fault = self._next_fault(path.name)
         if fault.isdigit():
             self._send(request, int(fault), b"{}", {})
-        elif fault == "drop":
-            with self._lock:
-                self.drop_once = path.name
-            super()._send_file(request, path)
-        elif fault:
+        elif fault in ("drop", "stall"):
             data = path.read_bytes()
-            if fault == "wrong":
-                body = data[:-1] + bytes([data[-1] ^ 1])
-            else:
-                body = data[:-10] if fault == "short" else data[: len(data) // 2]
-            length = {"Content-Length": str(len(data))} if fault == "stall" else {}
-            self.sent.append((path.name, 0, len(body)))
-            self._send(request, 200, body, length)
+            asked = re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
+            first = int(asked[1]) if asked else 0
+            half = data[first : first + (len(data) - first) // 2]
+            headers = {"Content-Length": str(len(data) - first)}
+            headers |= {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if asked else {}
+            self.sent.append((path.name, first, len(half)))
+            self._send(request, 206 if asked else 200, half, headers)
             if fault == "stall":
                 self._stopped.wait(30)  # longer than the client waits in the tests
-                request.close_connection = True
+            request.close_connection = True
+            request.connection.shutdown(socket.SHUT_RDWR)
+        elif fault:
+            data = path.read_bytes()
+            body = data[:-10] if fault == "short" else data[:-1] + bytes([data[-1] ^ 1])
+            self.sent.append((path.name, 0, len(body)))
+            self._send(request, 200, body, {})
         else:
             super()._send_file(request, path)
 
 
 def entry(path: str, content: bytes) -> dict[str, Any]:
     """An entry of a listing."""
-    import hashlib
-
     digest = hashlib.sha256(content).hexdigest()
     return {"Name": Path(path).name, "Path": path, "Type": "blob", "Size": len(content), "Sha256": digest}
 
