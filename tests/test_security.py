@@ -91,7 +91,7 @@ def in_an_output(copy, secret):
 
 
 def change_notebook(copy, change):
-    path = copy / "notebooks" / "en" / "05_lora_training.ipynb"
+    path = copy / "notebooks" / "en" / "01_environment.ipynb"
     notebook = nbformat.read(path, as_version=4)
     change(next(cell for cell in notebook.cells if cell.cell_type == "code"))
     nbformat.write(notebook, path)
