@@ -13,6 +13,7 @@ import hashlib
 import html
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -658,7 +659,13 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
 
 @contextmanager
 def download_errors(model_id: str) -> Iterator[None]:
-    """Turn whatever stops a ModelScope download into one message with the mend."""
+    """Turn whatever stops a ModelScope download into one message with the mend, in the place of the client's own."""
+    client = logging.getLogger("modelscope_hub.download")
+
+    def no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR  # warnings show how it tries again; the error is said below
+
+    client.addFilter(no_error)
     try:
         yield
     except CourseError:
@@ -667,8 +674,10 @@ def download_errors(model_id: str) -> Iterator[None]:
         failed = list((getattr(error, "failed_files", None) or {"": error}).items())
         # One file's error stands for all; a full disk before others, for it may be their cause.
         name, cause = max(failed, key=lambda one: getattr(one[1], "errno", None) == errno.ENOSPC)
-        where = f"{model_id}: {name}" if name else model_id
-        raise CourseError(f"{where}: {_download_advice(name, cause)}") from None
+        files = f": {name}" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "") if name else ""
+        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}") from None
+    finally:
+        client.removeFilter(no_error)
 
 
 def _download_advice(name: str, error: BaseException) -> str:
