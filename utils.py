@@ -701,7 +701,7 @@ def _download_advice(name: str, error: BaseException) -> str:
         return f"the hub is in trouble or overrun (HTTP {error.status_code}). Wait a little. {again}"
     if isinstance(error, (hub.NetworkError, ConnectionError, TimeoutError)):
         return f"the connection broke off or stood still, several times. Check the network. {again}"
-    return f"{type(error).__name__}: {error}. {again}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}. {again}"
 
 
 # --------------------------------------------------------------------------------------------- a local hub

@@ -46,7 +46,8 @@ class FaultyHub(utils.LocalHub):
         Args:
             name: the file, or `LISTING`.
             kind: `drop` (half of the bytes, then the connection breaks), `stall` (half, then silence), `wrong` (one bit
-                differs), `short` (ten bytes are missing and the header says so too), or a status such as `500`.
+                differs), `short` (ten bytes are missing and the header says so too), a status such as `500`,
+                or nothing for a request that goes well.
         """
         self._faults.setdefault(name, []).extend([kind] * min(times, 1000))
         return self

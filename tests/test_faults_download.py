@@ -5,6 +5,7 @@ Every fault has to end in a complete model whose hashes are right, or in one mes
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -45,7 +46,18 @@ def hub():
 
 
 @pytest.fixture
-def fetch(cell, course, caplog):
+def client_log():
+    """What the client logs; its logger passes nothing on to pytest's."""
+    records, logger = [], logging.getLogger("modelscope_hub.download")
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def fetch(cell, course, client_log):
     """Run notebook 02's cells for small files and for all files; returns the model's folder.
 
     Whatever happens, the client's own errors are not shown beside the one message.
@@ -58,7 +70,7 @@ def fetch(cell, course, caplog):
             try:
                 exec(cell("02_download", text), names)
             finally:
-                assert [record.getMessage() for record in caplog.records if record.levelno > logging.WARNING] == []
+                assert [record.getMessage() for record in client_log if record.levelno > logging.WARNING] == []
         return names["folder"]
 
     return run
@@ -230,6 +242,13 @@ def test_a_model_that_is_not_there_or_not_open_is_said(fetch, hub, fault, status
     fault.record(AREA, f"listing gives {status}", f"HTTP {status} for the listing", "one message with the mend")
 
 
+def test_a_model_that_vanishes_after_the_first_look_is_said(fetch, hub):
+    hub.fail(LISTING, "").fail(LISTING, "404", ALWAYS)
+    with pytest.raises(utils.CourseError) as error:
+        fetch(hub.endpoint)
+    assert_clear(error, "knows no such model")
+
+
 def test_no_hub_at_all_is_said(fetch, fault):
     with pytest.raises(utils.CourseError) as error:
         fetch(f"http://127.0.0.1:{refused_port()}")
@@ -289,6 +308,37 @@ def test_later_notebooks_refuse_a_model_that_lost_a_shard(fetch, course, hub, fa
         "the file is removed from the cache",
         "notebooks 05 and 06 name it; running 02 again fetches this file only",
     )
+
+
+def test_a_file_cut_short_in_the_cache_is_fetched_again(fetch, hub, fault):
+    folder = fetch(hub.endpoint)
+    with (folder / LAST).open("r+b") as shard:
+        shard.truncate(1000)
+    assert_complete(fetch(hub.endpoint))
+    assert hub.requests.count(LAST) == 2
+    assert hub.requests.count(FIRST) == 1
+    fault.record(
+        AREA,
+        "a shard is cut short after the download",
+        "the file in the cache is truncated",
+        f"its length tells; the next run fetches this file only; {COMPLETE}",
+    )
+
+
+def test_a_full_disk_is_named_before_what_it_brings_about():
+    from modelscope_hub.errors import FileDownloadError, NetworkError
+
+    failed = {"a": NetworkError("x"), "b": OSError(errno.ENOSPC, "No space left on device"), "c": NetworkError("y")}
+    with pytest.raises(utils.CourseError, match="b and 2 more: the disk is full"), utils.download_errors(MODEL_ID):
+        raise FileDownloadError("3 of 9", failed_files=failed)
+
+
+def test_what_nobody_foresaw_is_said_in_one_line():
+    with pytest.raises(utils.CourseError) as error, utils.download_errors(MODEL_ID):
+        raise KeyError("Data\nmore")
+    assert_clear(error, "KeyError", AGAIN)
+    with pytest.raises(KeyboardInterrupt), utils.download_errors(MODEL_ID):
+        raise KeyboardInterrupt
 
 
 def test_a_download_killed_in_the_middle_goes_on_where_it_stopped(fetch, course, hub, fault):
@@ -364,6 +414,16 @@ def test_disk_space_is_asked_only_for_what_is_missing(fetch, hub, small_disk):
         fetch(hub.endpoint, place / "output")
     assert shutil.disk_usage(place).free < size_of(everything())
     assert_complete(fetch(hub.endpoint, place / "output"))
+
+
+def test_disk_space_is_not_asked_again_for_a_file_that_is_half_here(fetch, hub, small_disk):
+    place = small_disk(size_of(everything()) + 1_000_000)
+    hub.fail(FIRST, "drop").fail(FIRST, "500", ALWAYS)
+    with pytest.raises(utils.CourseError, match=f"{FIRST}: the hub is in trouble"):
+        fetch(hub.endpoint, place / "output")
+    assert shutil.disk_usage(place).free < size_of([FIRST])
+    with FaultyHub(utils.BUNDLED, MODEL_ID) as mended:
+        assert_complete(fetch(mended.endpoint, place / "output"))
 
 
 def test_a_disk_that_fills_up_meanwhile_is_said_and_nothing_is_lost(fetch, hub, small_disk, fault):

@@ -347,10 +347,16 @@ def tags(html):
     return parser
 
 
-def test_the_mask_view_and_a_picture_show_markup_and_do_not_run_it(tokenizer, fault):
-    ids = tokenizer(MARKUP, add_special_tokens=False)["input_ids"]
-    view = utils.mask_view(tokenizer, ids, ids)
-    assert tags(view.html).tags == {"div", "span"} | ({"sub"} if "<sub>" in view.html else set())
+class OneToken:
+    """A tokenizer for which the markup is one token, so that no box divides it."""
+
+    def decode(self, ids):
+        return MARKUP * len(ids)
+
+
+def test_the_mask_view_and_a_picture_show_markup_and_do_not_run_it(fault):
+    view = utils.mask_view(OneToken(), [1, 2], [-100, 2])
+    assert tags(view.html).tags == {"div", "span"}
     assert tags(view.html).attributes == {"style"}
     drawn = utils.picture(utils.axes()[0], MARKUP)
     assert tags(drawn.html).tags == {"figure", "img", "figcaption"}
