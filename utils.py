@@ -153,7 +153,8 @@ def whole(folder: Path) -> Path:
     index = folder / "model.safetensors.index.json"
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
     if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
-        raise CourseError(f"{shown(folder)}: its index names weights that are missing: {', '.join(missing)}.")
+        mend = "Run 02_download again; if that does not bring them, the hub lacks them."
+        raise CourseError(f"{shown(folder)}: its index names weights that are missing: {', '.join(missing)}. {mend}")
     return folder
 
 

@@ -77,6 +77,9 @@ def merged(stored: set[Row], recorder: Recorder) -> set[Row]:
 
 # ----------------------------------------------------------------------------------- hooks and the fixture
 
+RECORDER = pytest.StashKey[Recorder]()
+FOUND = pytest.StashKey[list[str]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-faults", action="store_true", help="write tests/faults.md from what the tests record")
@@ -84,9 +87,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDER] = Recorder()
-
-
-RECORDER = pytest.StashKey[Recorder]()
 
 
 @pytest.fixture
@@ -123,9 +123,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     elif not session.config.getoption("collectonly") and (found := differences(stored, recorder)):
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
         session.config.stash[FOUND] = found
-
-
-FOUND = pytest.StashKey[list[str]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

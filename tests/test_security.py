@@ -11,6 +11,7 @@ import shutil
 import string
 import subprocess
 import sys
+import time
 import uuid
 from html.parser import HTMLParser
 from pathlib import Path
@@ -311,12 +312,44 @@ def test_jupyter_is_bound_to_this_machine_and_asks_for_its_token(fault):
     fault.record("security", "JupyterLab", "the command of `make lab`", "bound to 127.0.0.1, its token kept")
 
 
+def test_a_real_jupyter_started_so_asks_for_its_token(tmp_path):
+    import urllib.error
+    import urllib.request
+
+    commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = [line for line in commands.splitlines() if "jupyter lab" in line]
+    arguments = [word for word in command.split()[1:] if not word.endswith(".ipynb")] + ["--no-browser", "--port=0"]
+    arguments += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    environment = {**os.environ, "HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("jupyter"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 60
+        while not (notes := list((tmp_path / "runtime").glob("jpserver-*.json"))) or not notes[0].read_text():
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        note = json.loads(notes[0].read_text())
+        assert note["url"].startswith(("http://127.0.0.1:", "http://localhost:"))
+        assert len(note["token"]) >= 32
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{note['url']}api/contents")
+        assert urllib.request.urlopen(f"{note['url']}api/contents?token={note['token']}").status == 200
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
 def test_the_dashboard_and_the_local_hub_listen_on_this_machine_only(hub_address):
     commands = subprocess.run(["make", "-n", "dashboard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = [line for line in commands.splitlines() if "swanlab watch" in line]
     assert not re.search(r"(--host|-h)\b", command)
-    told = subprocess.run([sys.executable, "-m", "swanlab.cli.main", "watch", "--help"], capture_output=True, text=True)
-    assert "default by 127.0.0.1" in " ".join(told.stdout.split()) or told.returncode
+    swanlab = Path(sys.executable).with_name("swanlab")
+    told = subprocess.run([swanlab, "watch", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "host of swanlab web, default by 127.0.0.1" in " ".join(told.split())
     assert hub_address == "127.0.0.1"
 
 
