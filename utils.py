@@ -7,10 +7,13 @@ stand in the notebooks.
 from __future__ import annotations
 
 import base64
+import errno
+import fnmatch
 import hashlib
 import html
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,8 +22,8 @@ import sqlite3
 import sys
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
@@ -38,6 +41,8 @@ LONGEST_FIELD = 20_000
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
 #: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
 BREAK = "\ufdd0"
+#: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
+NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
 BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
 
 
@@ -133,8 +138,23 @@ def model_folder(course: Settings) -> Path:
         raise CourseError(
             f"{shown(folder)} is a {kind} model. The course is made for glm4_moe: template, layers, names."
         )
+    return whole(folder)
+
+
+def whole(folder: Path) -> Path:
+    """The folder of a model or an adapter, when all of its weights are there as safetensors.
+
+    Raises:
+        CourseError: no safetensors (a pickle may be there, which can run code when it is loaded and is not read), or
+            fewer shards than the model's index names.
+    """
     if not any(folder.glob("*.safetensors")):
         raise CourseError(f"{shown(folder)}: no *.safetensors there. The course loads no other kind of weights.")
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
+        mend = "Run 02_download again; if that does not bring them, the hub lacks them."
+        raise CourseError(f"{shown(folder)}: its index names weights that are missing: {', '.join(missing)}. {mend}")
     return folder
 
 
@@ -601,6 +621,88 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     return widgets.VBox(
         [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
     )
+
+
+# ------------------------------------------------------------------------------------------------ downloads
+
+
+def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[str]:
+    """Which files of a hub's listing are not in the cache at their full length; checked before the first byte.
+
+    The client moves a file to its place only after its hash was right, so a file of the right length needs no second
+    reading.
+
+    Args:
+        listing: entries with `path`, `size` and `type`, as `HubApi.list_repo_files` returns them.
+
+    Raises:
+        CourseError: a path leads out of the cache (the client itself would write there), or the disk is too small.
+    """
+    folder = cache / "models" / model_id.replace("/", "--") / "snapshots" / "master"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing, needed = [], 0
+    for file in listing:
+        target = folder / file.path
+        if not target.resolve().is_relative_to(folder.resolve()):
+            reason = f"{file.path!r} leads out of {shown(cache)}, so nothing was fetched."
+            raise CourseError(f"{model_id}: {reason} Check COURSE_MODEL, and that folder for links.")
+        ignored = any(fnmatch.fnmatch(file.path, pattern) for pattern in NEVER_FETCHED)
+        if file.type == "tree" or ignored or (target.is_file() and target.stat().st_size == file.size):
+            continue
+        begun = target.with_name(target.name + ".incomplete")
+        missing.append(file.path)
+        needed += file.size - (begun.stat().st_size if begun.is_file() else 0)
+    if needed > (free := shutil.disk_usage(folder).free):
+        need = f"{needed / 2**20:,.0f} MiB are still to come and {free / 2**20:,.0f} MiB of disk are free"
+        raise CourseError(f"{model_id}: {need}. Free some, or set COURSE_OUTPUT to a folder on a larger disk.")
+    return missing
+
+
+@contextmanager
+def download_errors(model_id: str) -> Iterator[None]:
+    """Turn whatever stops a ModelScope download into one message with the mend, in the place of the client's own."""
+    client = logging.getLogger("modelscope_hub.download")
+
+    def no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR  # warnings show how it tries again; the error is said below
+
+    client.addFilter(no_error)
+    try:
+        yield
+    except CourseError:
+        raise
+    except Exception as error:
+        failed = list((getattr(error, "failed_files", None) or {"": error}).items())
+        # One file's error stands for all; a full disk before others, for it may be their cause.
+        name, cause = max(failed, key=lambda one: getattr(one[1], "errno", None) == errno.ENOSPC)
+        files = f": {name}" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "") if name else ""
+        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}") from None
+    finally:
+        client.removeFilter(no_error)
+
+
+def _download_advice(name: str, error: BaseException) -> str:
+    """What happened to a file (or, without a name, to the listing), and the mend."""
+    from modelscope_hub import errors as hub
+
+    again = "Run this cell again: what has arrived is kept, and only the rest is fetched."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full. Free some, or set COURSE_OUTPUT to a folder on a larger disk. {again}"
+    if isinstance(error.__cause__, hub.HubError) and not isinstance(error, hub.HubError):
+        error = error.__cause__  # the client wraps some in an error of `requests`
+    if isinstance(error, hub.NotExistError):
+        if name:
+            return "the hub lists this file and does not have it. Try again later, or another model."
+        return "the hub knows no such model. Check COURSE_MODEL for a slip of the pen."
+    if isinstance(error, (hub.AuthenticationError, hub.PermissionDeniedError)):
+        return "the hub asks who you are. Put your token in the variable MODELSCOPE_API_TOKEN, or choose an open model."
+    if isinstance(error, hub.FileIntegrityError):
+        return f"what arrived is not what the hub lists (length or SHA-256), so it was thrown away. Later: {again}"
+    if isinstance(error, (hub.ServerError, hub.RateLimitError)):
+        return f"the hub is in trouble or overrun (HTTP {error.status_code}). Wait a little. {again}"
+    if isinstance(error, (hub.NetworkError, ConnectionError, TimeoutError)):
+        return f"the connection broke off or stood still, several times. Check the network. {again}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}. {again}"
 
 
 # --------------------------------------------------------------------------------------------- a local hub
