@@ -18,7 +18,9 @@ import socket
 import sqlite3
 import sys
 import threading
+import unicodedata
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -36,8 +38,12 @@ BUNDLED = ROOT / "models" / "glm4-moe-mini"
 FIELDS = ("instruction", "input", "output")
 LONGEST_FIELD = 20_000
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
+#: The value of a key that stands twice in one object of a data file; JSON readers keep the last one silently.
+TWICE = object()
 #: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
 BREAK = "\ufdd0"
+#: What no field may hold: control characters (tab and line ends are welcome), halves of characters, and `BREAK`.
+STRAY = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff{BREAK}]")
 BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
 
 
@@ -186,51 +192,92 @@ def row_problems(row: Any) -> list[str]:
     """What is wrong with one row, each with its mend; empty for a good row."""
     if not isinstance(row, dict):
         return [f"is {type(row).__name__}, not an object: write {{'instruction': ..., 'input': ..., 'output': ...}}"]
-    problems = []
+    if talk := next((name for name in ("messages", "conversations") if name in row), ""):
+        return [f"is a conversation ('{talk}'): write a row for each question, its answer as 'output'"]
+    problems, others = [], [repr(name[:30]) for name in row if name not in FIELDS][:5]
     for name in FIELDS:
+        text = row.get(name)
         if name not in row:
-            problems.append(f"has no field '{name}': add it" + (" (it may be empty)" if name == "input" else ""))
-        elif not isinstance(row[name], str):
-            problems.append(f"'{name}' is {type(row[name]).__name__}, not text: put it in double quotes")
-        elif name != "input" and not row[name].strip():
+            mend = ", or rename one of " + ", ".join(others) if others and name != "input" else ""
+            problems.append(f"has no field '{name}': add it{mend}" + (" (it may be empty)" if name == "input" else ""))
+        elif text is TWICE:
+            problems.append(f"'{name}' stands in it twice: keep one")
+        elif not isinstance(text, str):
+            problems.append(f"'{name}' is {type(text).__name__}, not text: put it in double quotes")
+        elif stray := STRAY.search(text):
+            what = "half of a character" if "\ud800" <= stray[0] <= "\udfff" else "which stands for no text"
+            problems.append(f"'{name}' holds U+{ord(stray[0]):04X} ({what}) at place {stray.start() + 1}: delete it")
+        elif name != "input" and all(c.isspace() or unicodedata.category(c) == "Cf" for c in text):
             problems.append(f"'{name}' is empty: write it, or delete the row")
-        elif len(row[name]) > LONGEST_FIELD:
-            problems.append(
-                f"'{name}' has {len(row[name]):,} characters, {LONGEST_FIELD:,} at most: shorten or split it"
-            )
-        elif BREAK in row[name]:
-            problems.append(f"'{name}' holds the character U+FDD0, which stands for no text: delete it")
+        elif len(text) > LONGEST_FIELD:
+            problems.append(f"'{name}' has {len(text):,} characters, {LONGEST_FIELD:,} at most: shorten or split it")
     return problems
+
+
+def row_remarks(row: dict[str, str]) -> list[tuple[str, str]]:
+    """What may be a slip in a well-formed row, as (finding, fix): white space around a text, characters nobody sees."""
+    remarks = [(f"white space around '{name}'", "delete it") for name, text in row.items() if text != text.strip()]
+    for name, text in row.items():
+        unseen = {c for c in text if unicodedata.category(c) in ("Cf", "Cn", "Co") or c == "\ufffd"}
+        for c in sorted(unseen - {"\u200d"}):  # that one joins several emoji to one
+            finding = f"'{name}' holds U+{ord(c):04X} {unicodedata.name(c, 'no character')}"
+            remarks.append((finding, "delete it, unless you mean it"))
+    return remarks
+
+
+def _parsed(path: Path) -> Any:
+    """The JSON of a data file; a key that stands in an object twice has the value `TWICE`."""
+    name = shown(path)
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise CourseError(f"{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.")
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise CourseError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise CourseError(f"{name}: not UTF-8 (line {line}, byte {error.start}). Save it again as UTF-8.") from None
+    if raw.startswith(b"\xef\xbb\xbf"):
+        print(f"{name}: begins with a byte order mark, which is skipped.")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = {key: TWICE for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+        return dict(pairs) | twice
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number may have too many digits
+        where, start = str(error).split(" (char")[0].split(";")[0], text.lstrip()[:1]
+        pos = getattr(error, "pos", -1)
+    hints = {
+        "It holds zero bytes, as UTF-16 does: save it again as UTF-8.": "\0" in text,
+        "The file is empty. Write [ {...}, {...} ].": not start,
+        "This looks like a web page: download the file itself.": start == "<",
+        "A data file begins with [ ; convert a table (CSV) to JSON first.": start not in "[{",
+        "This looks like JSON Lines: put [ before, ] after, and commas between the rows.": "Extra data" in where,
+        r"Write a line break in a text as \n; delete other control characters.": where.startswith("Invalid control"),
+        "The file ends too early: copy or download it again, or write what is missing.": (
+            where.startswith("Unterminated") or pos >= len(text.rstrip())
+        ),
+        "A row holds three texts in double quotes: no lists in lists, no numbers.": pos < 0,
+        "Often a comma too many or too few, a missing bracket, or ' in the place of a double quote.": True,
+    }
+    raise CourseError(f"{name}: not JSON ({where}). {next(hint for hint, fits in hints.items() if fits)}")
 
 
 def load_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a data file, every one checked.
 
     Returns:
-        A list of objects with the three `FIELDS`, all text; further fields are dropped.
+        A list of objects with the three `FIELDS`, all text; further fields are dropped, and a line says so.
 
     Raises:
         CourseError: no file, not UTF-8, not JSON, not a list, or bad rows. One message names the file, each bad row
             (counted from 1; ten at most) and the mend.
     """
-    name = shown(path)
-    if not path.is_file():
-        raise CourseError(f"{name}: no such file. Check COURSE_DATA; the default is dataset/huanhuan.json.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CourseError(f"{name}: not UTF-8 (byte {error.start}). Save the file again with encoding UTF-8.") from None
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = (
-            "This looks like JSON Lines: put [ before, ] after, and commas between the rows."
-            if (error.msg == "Extra data" and text.lstrip().startswith("{"))
-            else "Often a missing comma, bracket or double quote."
-        )
-        raise CourseError(
-            f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}). {hint}"
-        ) from None
+    name, rows = shown(path), _parsed(path)
     if not isinstance(rows, list) or not rows:
         kind = "an empty list" if rows == [] else f"one {type(rows).__name__}"
         raise CourseError(f"{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ].")
@@ -238,14 +285,17 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise CourseError(f"{name}: {len(bad)} problems, nothing was trained.\n  " + "\n  ".join(bad[:10]) + more)
+    for field_name, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
+        print(
+            f"{name}: {field_name[:30]!r} is not used (in {count} of {len(rows)} rows); only {', '.join(FIELDS)} are."
+        )
     return [{key: row[key] for key in FIELDS} for row in rows]
 
 
 def as_text(tokenizer: Any, text: str) -> str:
     """The text with every special token's spelling broken up by `BREAK`, so that `encode` keeps it plain text."""
-    spellings = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, spellings))
-    return re.sub(pattern, lambda found: found[0][0] + BREAK + found[0][1:], text)
+    begins = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    return re.sub(f"(?={begins}).", rf"\g<0>{BREAK}", text)  # looks ahead, so it also finds spellings that overlap
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
