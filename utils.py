@@ -18,16 +18,17 @@ import socket
 import sqlite3
 import sys
 import threading
-import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: F401 (notebook 03 uses the last one)
 
 # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
 # slowed each other tenfold (8.4 s instead of 0.8 s a step). Read when torch is imported, so it stands before that.
@@ -35,15 +36,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 ROOT = Path(__file__).resolve().parent
 BUNDLED = ROOT / "models" / "glm4-moe-mini"
-FIELDS = ("instruction", "input", "output")
-LONGEST_FIELD = 20_000
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
-#: The value of a key that stands twice in one object of a data file; JSON readers keep the last one silently.
-TWICE = object()
-#: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
-BREAK = "\ufdd0"
-#: What no field may hold: control characters (tab and line ends are welcome), halves of characters, and `BREAK`.
-STRAY = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff{BREAK}]")
 BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
 
 
@@ -52,6 +45,22 @@ class CourseError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [f"CourseError: {self}"]
+
+
+def _name_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset: int | None = None) -> list[str] | None:
+    """In the place of a stack trace: a name that no cell has made yet, in a cell or in a function of one."""
+    last = trace
+    while last.tb_next:
+        last = last.tb_next
+    if kind is not NameError or last.tb_frame.f_globals is not shell.user_ns:
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+    mend = "A cell above makes it: Run > Run All Above Selected Cell, then this one (unless it is misspelt)."
+    shell._showtraceback(kind, error, [f"NameError in line {last.tb_lineno}: {error}. {mend}"])
+    return None
+
+
+if shell := getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)():
+    shell.set_custom_exc((NameError,), _name_error)
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -144,11 +153,18 @@ def model_folder(course: Settings) -> Path:
     return folder
 
 
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, never a part, even after a kill."""
+    part = path.with_name(f".{path.name}-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
     facts = {"model": course.model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "made_from.json").write_text(json.dumps(facts), encoding="utf-8")
+    _write_whole(path / "made_from.json", json.dumps(facts))
     return facts
 
 
@@ -161,16 +177,41 @@ def restart(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+@contextmanager
+def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
+    """A new folder to write into; only when the block ends well is it stamped and takes the place of `folder`.
+
+    A cell that fails or is killed half-way, or another notebook that writes the same, so leaves nothing half done.
+
+    Raises:
+        CourseError: another notebook put its folder there at the same moment.
+    """
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        stamp(new, course, **made_with)
+        try:
+            restart(folder)
+            new.replace(folder)
+        except OSError:
+            raise CourseError(f"Another notebook writes {shown(folder)} just now. Run this cell again.") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Path:
     """The folder `path`, which `notebook` makes.
 
     Raises:
         CourseError: it is missing, or was made from another model, other data, or with other settings.
     """
-    note = path / "made_from.json"
-    if not note.is_file():
-        raise CourseError(f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again.")
-    facts = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        missing = f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again."
+        raise CourseError(missing) from None
     if not course.data.is_file():
         raise CourseError(f"{shown(course.data)}: no such file. Check COURSE_DATA.")
     if facts["data"] != hashlib.sha256(course.data.read_bytes()).hexdigest():
@@ -188,85 +229,6 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def row_problems(row: Any) -> list[str]:
-    """What is wrong with one row, each with its mend; empty for a good row."""
-    if not isinstance(row, dict):
-        return [f"is {type(row).__name__}, not an object: write {{'instruction': ..., 'input': ..., 'output': ...}}"]
-    if talk := next((name for name in ("messages", "conversations") if name in row), ""):
-        return [f"is a conversation ('{talk}'): write a row for each question, its answer as 'output'"]
-    problems, others = [], [repr(name[:30]) for name in row if name not in FIELDS][:5]
-    for name in FIELDS:
-        text = row.get(name)
-        if name not in row:
-            mend = ", or rename one of " + ", ".join(others) if others and name != "input" else ""
-            problems.append(f"has no field '{name}': add it{mend}" + (" (it may be empty)" if name == "input" else ""))
-        elif text is TWICE:
-            problems.append(f"'{name}' stands in it twice: keep one")
-        elif not isinstance(text, str):
-            problems.append(f"'{name}' is {type(text).__name__}, not text: put it in double quotes")
-        elif stray := STRAY.search(text):
-            what = "half of a character" if "\ud800" <= stray[0] <= "\udfff" else "which stands for no text"
-            problems.append(f"'{name}' holds U+{ord(stray[0]):04X} ({what}) at place {stray.start() + 1}: delete it")
-        elif name != "input" and all(c.isspace() or unicodedata.category(c) == "Cf" for c in text):
-            problems.append(f"'{name}' is empty: write it, or delete the row")
-        elif len(text) > LONGEST_FIELD:
-            problems.append(f"'{name}' has {len(text):,} characters, {LONGEST_FIELD:,} at most: shorten or split it")
-    return problems
-
-
-def row_remarks(row: dict[str, str]) -> list[tuple[str, str]]:
-    """What may be a slip in a well-formed row, as (finding, fix): white space around a text, characters nobody sees."""
-    remarks = [(f"white space around '{name}'", "delete it") for name, text in row.items() if text != text.strip()]
-    for name, text in row.items():
-        unseen = {c for c in text if unicodedata.category(c) in ("Cf", "Cn", "Co") or c == "\ufffd"}
-        for c in sorted(unseen - {"\u200d"}):  # that one joins several emoji to one
-            finding = f"'{name}' holds U+{ord(c):04X} {unicodedata.name(c, 'no character')}"
-            remarks.append((finding, "delete it, unless you mean it"))
-    return remarks
-
-
-def _parsed(path: Path) -> Any:
-    """The JSON of a data file; a key that stands in an object twice has the value `TWICE`."""
-    name = shown(path)
-    if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "no such file"
-        raise CourseError(f"{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.")
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise CourseError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise CourseError(f"{name}: not UTF-8 (line {line}, byte {error.start}). Save it again as UTF-8.") from None
-    if raw.startswith(b"\xef\xbb\xbf"):
-        print(f"{name}: begins with a byte order mark, which is skipped.")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = {key: TWICE for key, count in Counter(key for key, _ in pairs).items() if count > 1}
-        return dict(pairs) | twice
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number may have too many digits
-        where, start = str(error).split(" (char")[0].split(";")[0], text.lstrip()[:1]
-        pos = getattr(error, "pos", -1)
-    hints = {
-        "It holds zero bytes, as UTF-16 does: save it again as UTF-8.": "\0" in text,
-        "The file is empty. Write [ {...}, {...} ].": not start,
-        "This looks like a web page: download the file itself.": start == "<",
-        "A data file begins with [ ; convert a table (CSV) to JSON first.": start not in "[{",
-        "This looks like JSON Lines: put [ before, ] after, and commas between the rows.": "Extra data" in where,
-        r"Write a line break in a text as \n; delete other control characters.": where.startswith("Invalid control"),
-        "The file ends too early: copy or download it again, or write what is missing.": (
-            where.startswith("Unterminated") or pos >= len(text.rstrip())
-        ),
-        "A row holds three texts in double quotes: no lists in lists, no numbers.": pos < 0,
-        "Often a comma too many or too few, a missing bracket, or ' in the place of a double quote.": True,
-    }
-    raise CourseError(f"{name}: not JSON ({where}). {next(hint for hint, fits in hints.items() if fits)}")
-
-
 def load_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a data file, every one checked.
 
@@ -277,7 +239,19 @@ def load_rows(path: Path) -> list[dict[str, str]]:
         CourseError: no file, not UTF-8, not JSON, not a list, or bad rows. One message names the file, each bad row
             (counted from 1; ten at most) and the mend.
     """
-    name, rows = shown(path), _parsed(path)
+    name = shown(path)
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise CourseError(f"{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.")
+    try:
+        raw = path.read_bytes()
+        rows = parse(raw)
+    except OSError as error:
+        raise CourseError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
+    except ValueError as error:
+        raise CourseError(f"{name}: {error}") from None
+    if raw.startswith(b"\xef\xbb\xbf"):
+        print(f"{name}: begins with a byte order mark, which is skipped.")
     if not isinstance(rows, list) or not rows:
         kind = "an empty list" if rows == [] else f"one {type(rows).__name__}"
         raise CourseError(f"{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ].")
@@ -285,10 +259,8 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise CourseError(f"{name}: {len(bad)} problems, nothing was trained.\n  " + "\n  ".join(bad[:10]) + more)
-    for field_name, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
-        print(
-            f"{name}: {field_name[:30]!r} is not used (in {count} of {len(rows)} rows); only {', '.join(FIELDS)} are."
-        )
+    for key, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
+        print(f"{name}: {key[:30]!r} is not used (in {count} of {len(rows)} rows); only {', '.join(FIELDS)} are.")
     return [{key: row[key] for key in FIELDS} for row in rows]
 
 
@@ -381,7 +353,7 @@ def report(course: Settings, **figures: Any) -> None:
     path = course.output / "report.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(old | figures, ensure_ascii=False, indent=1), encoding="utf-8")
+    _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
 
 # ------------------------------------------------------------------------------------- tables and pictures
