@@ -6,6 +6,6 @@ So a cell that is run too early says what to do even in a kernel that was just r
 import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])
-import utils  # noqa: E402
+import utils
 
 del sys, utils
