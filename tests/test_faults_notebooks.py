@@ -5,6 +5,7 @@ Real kernels. Each case ends in the right files or in one clear message, never i
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -184,6 +185,23 @@ def test_training_without_notebook_04_stops_at_every_cell_that_needs_it(output, 
     assert said[last][0] == "NameError"
 
 
+def test_no_cell_takes_the_name_of_a_function_of_another_cell():
+    """Else that cell, run once more, breaks every later call."""
+    for path in sorted(EN.glob("*.ipynb")):
+        trees = {
+            cell.id: ast.parse(cell.source)
+            for cell in nbformat.read(path, as_version=4).cells
+            if cell.cell_type == "code"
+        }
+        functions = {node.name: name for name, tree in trees.items() for node in tree.body if hasattr(node, "args")}
+        for name, tree in trees.items():
+            tree.body = [
+                node for node in tree.body if not hasattr(node, "body") or isinstance(node, ast.For | ast.With)
+            ]
+            stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            assert not {n for n in stored & set(functions) if functions[n] != name}, name
+
+
 def test_a_prompt_changed_after_the_samples_is_refused(right, output):
     with opened("04_chat_template", output) as learner:
         learner.run_all()
@@ -253,25 +271,33 @@ def test_inference_refuses_rows_of_another_run(cell, output, monkeypatch):
 
 
 WRITER = """
-import os, sys, time
-from pathlib import Path
+import sys, time
 import utils
-course, tag, pause = utils.settings(), sys.argv[1], float(sys.argv[2])
+course, tag, asks = utils.settings(), sys.argv[1], sys.argv[2] == "asks"
 while True:
     with utils.remake(course.output / "rows", course, tag=tag) as folder:
         for number in range(8):
+            print("ready", flush=True) if asks else time.sleep(0.002)
+            sys.stdin.readline() if asks else None
             (folder / f"{number}.txt").write_text(tag * 5000)
-            time.sleep(pause)
     print("written", flush=True)
-    if pause == 0.05:
+    if asks:
         break
 """
 
 
-def writer(output: Path, tag: str, pause: float) -> subprocess.Popen[str]:
+def writer(output: Path, tag: str, how: str) -> subprocess.Popen[str]:
+    """A process that makes the folder `rows`: file by file when told to ("asks"), or again and again."""
     env = {**os.environ, "COURSE_OUTPUT": str(output), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WRITER, tag, str(pause)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", WRITER, tag, how], env=env, text=True, **pipes)
+
+
+def let_write(process: subprocess.Popen[str], count: int) -> None:
+    for _ in range(count):
+        assert process.stdout.readline() == "ready\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
 
 
 def whole(output: Path, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,15 +309,30 @@ def whole(output: Path, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_writers_of_one_folder_leave_one_whole_result(tmp_path, monkeypatch):
-    both = {tag: writer(tmp_path, tag, 0.05) for tag in "ab"}
-    said = {tag: process.communicate(timeout=60) for tag, process in both.items()}
-    finished = [tag for tag, (printed, _) in said.items() if "written" in printed]
-    for tag in set(both) - set(finished):
-        assert "Another notebook writes" in said[tag][1]
-    last = json.loads((tmp_path / "rows" / "made_from.json").read_text())["tag"]
-    assert last in finished
-    whole(tmp_path, last, monkeypatch)
+    first, second = writer(tmp_path, "a", "asks"), writer(tmp_path, "b", "asks")
+    let_write(first, 4)
+    let_write(second, 8)
+    assert second.stdout.readline() == "written\n"
+    whole(tmp_path, "b", monkeypatch)  # the other is in the middle, and nobody sees it
+    let_write(first, 4)
+    assert first.communicate(timeout=60) == ("written\n", "")
+    whole(tmp_path, "a", monkeypatch)
+    second.communicate(timeout=60)
     assert not list(tmp_path.glob(".rows-*"))
+
+
+def test_two_that_put_their_folder_there_at_the_same_moment(output, monkeypatch):
+    monkeypatch.setenv("COURSE_OUTPUT", str(output))
+
+    def beaten(folder: Path) -> None:  # between setting aside and putting in place the other was faster
+        (folder / "of_the_other").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(utils, "restart", beaten)
+    with (
+        pytest.raises(utils.CourseError, match=r"Another notebook writes .*rows just now\. Run this cell again"),
+        utils.remake(output / "rows", utils.settings()),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------- and kills
@@ -299,7 +340,7 @@ def test_two_writers_of_one_folder_leave_one_whole_result(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("moment", [0.0, 0.013, 0.031, 0.052, 0.077])
 def test_a_kill_while_writing_leaves_a_whole_folder_or_none(tmp_path, monkeypatch, moment):
-    process = writer(tmp_path, "a", 0.002)
+    process = writer(tmp_path, "a", "goes on")
     assert process.stdout.readline() == "written\n"
     time.sleep(moment)
     process.send_signal(signal.SIGKILL)
