@@ -27,6 +27,9 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import utils
+
+# isort: split
 import torch
 from transformers import (
     AutoConfig,
@@ -39,7 +42,6 @@ from transformers import (
 
 import full_size
 import planner
-import utils
 from checkpoint import AIR, write
 
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
