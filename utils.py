@@ -37,7 +37,7 @@ from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: 
 # slowed each other tenfold (8.4 s instead of 0.8 s a step). Read when torch is imported, so it stands before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
-# Where it is imported (peft and transformers do so by themselves), it asks for a package that a processor can do without.
+# Imported by peft and transformers, it asks for a package that a processor can do without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent
