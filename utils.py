@@ -7,10 +7,13 @@ stand in the notebooks.
 from __future__ import annotations
 
 import base64
+import errno
+import fnmatch
 import hashlib
 import html
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,25 +22,29 @@ import sqlite3
 import sys
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: F401 (notebook 03 uses the last one)
+
 # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
 # slowed each other tenfold (8.4 s instead of 0.8 s a step). Read when torch is imported, so it stands before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
+# Imported by peft and transformers, it asks for a package that a processor can do without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 ROOT = Path(__file__).resolve().parent
 BUNDLED = ROOT / "models" / "glm4-moe-mini"
-FIELDS = ("instruction", "input", "output")
-LONGEST_FIELD = 20_000
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
-#: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
-BREAK = "\ufdd0"
+#: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
+NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
 BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
 
 
@@ -46,6 +53,22 @@ class CourseError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [f"CourseError: {self}"]
+
+
+def _name_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset: int | None = None) -> list[str] | None:
+    """In the place of a stack trace: a name that no cell has made yet, in a cell or in a function of one."""
+    last = trace
+    while last.tb_next:
+        last = last.tb_next
+    if kind is not NameError or last.tb_frame.f_globals is not shell.user_ns:
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+    mend = "A cell above makes it: Run > Run All Above Selected Cell, then this one (unless it is misspelt)."
+    shell._showtraceback(kind, error, [f"NameError in line {last.tb_lineno}: {error}. {mend}"])
+    return None
+
+
+if shell := getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)():
+    shell.set_custom_exc((NameError,), _name_error)
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -133,16 +156,38 @@ def model_folder(course: Settings) -> Path:
         raise CourseError(
             f"{shown(folder)} is a {kind} model. The course is made for glm4_moe: template, layers, names."
         )
+    return whole(folder)
+
+
+def whole(folder: Path) -> Path:
+    """The folder of a model or an adapter, when all of its weights are there as safetensors.
+
+    Raises:
+        CourseError: no safetensors (a pickle may be there, which can run code when it is loaded and is not read), or
+            fewer shards than the model's index names.
+    """
     if not any(folder.glob("*.safetensors")):
         raise CourseError(f"{shown(folder)}: no *.safetensors there. The course loads no other kind of weights.")
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
+        mend = "Run 02_download again; if that does not bring them, the hub lacks them."
+        raise CourseError(f"{shown(folder)}: its index names weights that are missing: {', '.join(missing)}. {mend}")
     return folder
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, never a part, even after a kill."""
+    part = path.with_name(f".{path.name}-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
     facts = {"model": course.model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "made_from.json").write_text(json.dumps(facts), encoding="utf-8")
+    _write_whole(path / "made_from.json", json.dumps(facts))
     return facts
 
 
@@ -155,16 +200,41 @@ def restart(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+@contextmanager
+def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
+    """A new folder to write into; only when the block ends well is it stamped and takes the place of `folder`.
+
+    A cell that fails or is killed half-way, or another notebook that writes the same, so leaves nothing half done.
+
+    Raises:
+        CourseError: another notebook put its folder there at the same moment.
+    """
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        stamp(new, course, **made_with)
+        try:
+            restart(folder)
+            new.replace(folder)
+        except OSError:
+            raise CourseError(f"Another notebook writes {shown(folder)} just now. Run this cell again.") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Path:
     """The folder `path`, which `notebook` makes.
 
     Raises:
         CourseError: it is missing, or was made from another model, other data, or with other settings.
     """
-    note = path / "made_from.json"
-    if not note.is_file():
-        raise CourseError(f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again.")
-    facts = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        missing = f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again."
+        raise CourseError(missing) from None
     if not course.data.is_file():
         raise CourseError(f"{shown(course.data)}: no such file. Check COURSE_DATA.")
     if facts["data"] != hashlib.sha256(course.data.read_bytes()).hexdigest():
@@ -182,32 +252,11 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def row_problems(row: Any) -> list[str]:
-    """What is wrong with one row, each with its mend; empty for a good row."""
-    if not isinstance(row, dict):
-        return [f"is {type(row).__name__}, not an object: write {{'instruction': ..., 'input': ..., 'output': ...}}"]
-    problems = []
-    for name in FIELDS:
-        if name not in row:
-            problems.append(f"has no field '{name}': add it" + (" (it may be empty)" if name == "input" else ""))
-        elif not isinstance(row[name], str):
-            problems.append(f"'{name}' is {type(row[name]).__name__}, not text: put it in double quotes")
-        elif name != "input" and not row[name].strip():
-            problems.append(f"'{name}' is empty: write it, or delete the row")
-        elif len(row[name]) > LONGEST_FIELD:
-            problems.append(
-                f"'{name}' has {len(row[name]):,} characters, {LONGEST_FIELD:,} at most: shorten or split it"
-            )
-        elif BREAK in row[name]:
-            problems.append(f"'{name}' holds the character U+FDD0, which stands for no text: delete it")
-    return problems
-
-
 def load_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a data file, every one checked.
 
     Returns:
-        A list of objects with the three `FIELDS`, all text; further fields are dropped.
+        A list of objects with the three `FIELDS`, all text; further fields are dropped, and a line says so.
 
     Raises:
         CourseError: no file, not UTF-8, not JSON, not a list, or bad rows. One message names the file, each bad row
@@ -215,22 +264,17 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     """
     name = shown(path)
     if not path.is_file():
-        raise CourseError(f"{name}: no such file. Check COURSE_DATA; the default is dataset/huanhuan.json.")
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise CourseError(f"{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CourseError(f"{name}: not UTF-8 (byte {error.start}). Save the file again with encoding UTF-8.") from None
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = (
-            "This looks like JSON Lines: put [ before, ] after, and commas between the rows."
-            if (error.msg == "Extra data" and text.lstrip().startswith("{"))
-            else "Often a missing comma, bracket or double quote."
-        )
-        raise CourseError(
-            f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}). {hint}"
-        ) from None
+        raw = path.read_bytes()
+        rows = parse(raw)
+    except OSError as error:
+        raise CourseError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
+    except ValueError as error:
+        raise CourseError(f"{name}: {error}") from None
+    if raw.startswith(b"\xef\xbb\xbf"):
+        print(f"{name}: begins with a byte order mark, which is skipped.")
     if not isinstance(rows, list) or not rows:
         kind = "an empty list" if rows == [] else f"one {type(rows).__name__}"
         raise CourseError(f"{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ].")
@@ -238,14 +282,15 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise CourseError(f"{name}: {len(bad)} problems, nothing was trained.\n  " + "\n  ".join(bad[:10]) + more)
+    for key, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
+        print(f"{name}: {key[:30]!r} is not used (in {count} of {len(rows)} rows); only {', '.join(FIELDS)} are.")
     return [{key: row[key] for key in FIELDS} for row in rows]
 
 
 def as_text(tokenizer: Any, text: str) -> str:
     """The text with every special token's spelling broken up by `BREAK`, so that `encode` keeps it plain text."""
-    spellings = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, spellings))
-    return re.sub(pattern, lambda found: found[0][0] + BREAK + found[0][1:], text)
+    begins = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    return re.sub(f"(?={begins}).", rf"\g<0>{BREAK}", text)  # looks ahead, so it also finds spellings that overlap
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -331,7 +376,7 @@ def report(course: Settings, **figures: Any) -> None:
     path = course.output / "report.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(old | figures, ensure_ascii=False, indent=1), encoding="utf-8")
+    _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
 
 # ------------------------------------------------------------------------------------- tables and pictures
@@ -601,6 +646,88 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     return widgets.VBox(
         [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
     )
+
+
+# ------------------------------------------------------------------------------------------------ downloads
+
+
+def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[str]:
+    """Which files of a hub's listing are not in the cache at their full length; checked before the first byte.
+
+    The client moves a file to its place only after its hash was right, so a file of the right length needs no second
+    reading.
+
+    Args:
+        listing: entries with `path`, `size` and `type`, as `HubApi.list_repo_files` returns them.
+
+    Raises:
+        CourseError: a path leads out of the cache (the client itself would write there), or the disk is too small.
+    """
+    folder = cache / "models" / model_id.replace("/", "--") / "snapshots" / "master"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing, needed = [], 0
+    for file in listing:
+        target = folder / file.path
+        if not target.resolve().is_relative_to(folder.resolve()):
+            reason = f"{file.path!r} leads out of {shown(cache)}, so nothing was fetched."
+            raise CourseError(f"{model_id}: {reason} Check COURSE_MODEL, and that folder for links.")
+        ignored = any(fnmatch.fnmatch(file.path, pattern) for pattern in NEVER_FETCHED)
+        if file.type == "tree" or ignored or (target.is_file() and target.stat().st_size == file.size):
+            continue
+        begun = target.with_name(target.name + ".incomplete")
+        missing.append(file.path)
+        needed += file.size - (begun.stat().st_size if begun.is_file() else 0)
+    if needed > (free := shutil.disk_usage(folder).free):
+        need = f"{needed / 2**20:,.0f} MiB are still to come and {free / 2**20:,.0f} MiB of disk are free"
+        raise CourseError(f"{model_id}: {need}. Free some, or set COURSE_OUTPUT to a folder on a larger disk.")
+    return missing
+
+
+@contextmanager
+def download_errors(model_id: str) -> Iterator[None]:
+    """Turn whatever stops a ModelScope download into one message with the mend, in the place of the client's own."""
+    client = logging.getLogger("modelscope_hub.download")
+
+    def no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR  # warnings show how it tries again; the error is said below
+
+    client.addFilter(no_error)
+    try:
+        yield
+    except CourseError:
+        raise
+    except Exception as error:
+        failed = list((getattr(error, "failed_files", None) or {"": error}).items())
+        # One file's error stands for all; a full disk before others, for it may be their cause.
+        name, cause = max(failed, key=lambda one: getattr(one[1], "errno", None) == errno.ENOSPC)
+        files = f": {name}" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "") if name else ""
+        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}") from None
+    finally:
+        client.removeFilter(no_error)
+
+
+def _download_advice(name: str, error: BaseException) -> str:
+    """What happened to a file (or, without a name, to the listing), and the mend."""
+    from modelscope_hub import errors as hub
+
+    again = "Run this cell again: what has arrived is kept, and only the rest is fetched."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full. Free some, or set COURSE_OUTPUT to a folder on a larger disk. {again}"
+    if isinstance(error.__cause__, hub.HubError) and not isinstance(error, hub.HubError):
+        error = error.__cause__  # the client wraps some in an error of `requests`
+    if isinstance(error, hub.NotExistError):
+        if name:
+            return "the hub lists this file and does not have it. Try again later, or another model."
+        return "the hub knows no such model. Check COURSE_MODEL for a slip of the pen."
+    if isinstance(error, (hub.AuthenticationError, hub.PermissionDeniedError)):
+        return "the hub asks who you are. Put your token in the variable MODELSCOPE_API_TOKEN, or choose an open model."
+    if isinstance(error, hub.FileIntegrityError):
+        return f"what arrived is not what the hub lists (length or SHA-256), so it was thrown away. Later: {again}"
+    if isinstance(error, (hub.ServerError, hub.RateLimitError)):
+        return f"the hub is in trouble or overrun (HTTP {error.status_code}). Wait a little. {again}"
+    if isinstance(error, (hub.NetworkError, ConnectionError, TimeoutError)):
+        return f"the connection broke off or stood still, several times. Check the network. {again}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}. {again}"
 
 
 # --------------------------------------------------------------------------------------------- a local hub

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 for name in [n for n in os.environ if n.startswith(("COURSE_", "SWANLAB_"))]:
     del os.environ[name]
+pytest_plugins = ["fault_table"]
 
 
 @pytest.fixture(scope="session")

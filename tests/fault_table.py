@@ -1,0 +1,131 @@
+"""Keeps `tests/faults.md`: which fault was injected how, what happened, and what was lost.
+
+A test asks for the fixture `fault` and, after its own assertions, says `fault.record(area, fault, injected, happened)`.
+At the end of a session, what was recorded is compared with the table; `pytest tests --write-faults` writes it. So a
+row cannot outlive its test, and no test can record what the table does not say. Nothing that varies from run to run
+(times, bytes, ports) belongs in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+TABLE = Path(__file__).with_name("faults.md")
+HEAD = ("area", "fault", "how it was injected", "what happened", "lost", "test")
+INTRODUCTION = """# Faults
+
+Written by the tests (`pytest tests --write-faults`) and compared with what they find in every run.
+
+"""
+
+Row = tuple[str, ...]
+
+
+@dataclass
+class Recorder:
+    """What the tests of one session recorded.
+
+    Attributes:
+        rows: the rows. ran: test files that were run, with whether every test of theirs ran and passed.
+    """
+
+    rows: set[Row] = field(default_factory=set)
+    ran: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The fixture's value: records rows for one test."""
+
+    recorder: Recorder
+    test: str
+
+    def record(self, area: str, fault: str, injected: str, happened: str, lost: str = "nothing") -> None:
+        """Add a row; call it when everything it says has been asserted."""
+        cells = (area, fault, injected, happened, lost, self.test)
+        self.recorder.rows.add(tuple(" ".join(cell.split()).replace("|", "\\|") for cell in cells))
+
+
+def render(rows: Iterable[Row]) -> str:
+    """The table as markdown, rows sorted."""
+    lines = [HEAD, tuple("---" for _ in HEAD), *sorted(rows)]
+    return INTRODUCTION + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read(text: str) -> set[Row]:
+    """The rows of a rendered table."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    return {tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines}
+
+
+def differences(stored: set[Row], recorder: Recorder) -> list[str]:
+    """One line for each row that was recorded and is not stored, or is stored and its test file no longer records."""
+    whole = {name for name, complete in recorder.ran.items() if complete}
+    new = [f"not in the table: {' | '.join(row)}" for row in sorted(recorder.rows - stored)]
+    return new + [f"no longer true: {' | '.join(row)}" for row in sorted(stored - recorder.rows) if row[-1] in whole]
+
+
+def merged(stored: set[Row], recorder: Recorder) -> set[Row]:
+    """The stored rows with those of every test file that ran replaced by what it recorded."""
+    whole = {name for name, complete in recorder.ran.items() if complete}
+    return {row for row in stored if row[-1] not in whole} | recorder.rows
+
+
+# ----------------------------------------------------------------------------------- hooks and the fixture
+
+RECORDER = pytest.StashKey[Recorder]()
+FOUND = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-faults", action="store_true", help="write tests/faults.md from what the tests record")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDER] = Recorder()
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Fault:
+    return Fault(request.config.stash[RECORDER], request.node.path.name)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    ran = session.config.stash[RECORDER].ran
+    picked = any("::" in argument for argument in session.config.args)
+    for item in session.items:
+        if "fault" in getattr(item, "fixturenames", ()):
+            ran.setdefault(item.path.name, not picked)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[RECORDER].ran[item.path.name] = False
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = (yield).get_result()
+    if "fault" in getattr(item, "fixturenames", ()) and (report.failed or report.skipped):
+        item.config.stash[RECORDER].ran[item.path.name] = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    recorder = session.config.stash[RECORDER]
+    stored = read(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else set()
+    if session.config.getoption("--write-faults"):
+        TABLE.write_text(render(merged(stored, recorder)), encoding="utf-8")
+    elif not session.config.getoption("collectonly") and (found := differences(stored, recorder)):
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        session.config.stash[FOUND] = found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if found := config.stash.get(FOUND, []):
+        terminalreporter.section("tests/faults.md is stale; look, then write it with --write-faults", red=True)
+        terminalreporter.write_line("\n".join(found))
