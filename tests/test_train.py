@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import torch
 from conftest import ROOT
+from datasets import load_from_disk
 from nbclient import NotebookClient
 from safetensors.torch import load_file
 
@@ -17,7 +18,7 @@ import full_size
 import train
 import utils
 
-STEPS_EACH = 4  # epochs of 3 steps
+EPOCHS, STEPS = 3, 9  # 44 rows: two steps of 16 and one of 12 in each epoch
 
 
 def environment(output, data, **more):
@@ -26,8 +27,8 @@ def environment(output, data, **more):
     return {**os.environ, **course, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def run_lesson(name, variables, changes=()):
-    """Run a notebook up to its exercises, with some texts replaced; the changes must be there to be made."""
+def lesson(name, changes=()):
+    """The code cells of a notebook up to its exercises, some texts replaced; the changes must be there to be made."""
     notebook = nbformat.read(ROOT / "notebooks" / "en" / f"{name}.ipynb", as_version=4)
     end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Exercises"))
     notebook.cells = [cell for cell in notebook.cells[:end] if cell.cell_type == "code"]
@@ -35,8 +36,7 @@ def run_lesson(name, variables, changes=()):
         assert any(old in cell.source for cell in notebook.cells), old
         for cell in notebook.cells:
             cell.source = cell.source.replace(old, new)
-    folder = {"metadata": {"path": str(ROOT / "notebooks" / "en")}}
-    NotebookClient(notebook, timeout=300, resources=folder).execute(env=variables)
+    return notebook
 
 
 def run_train(output, data, *arguments, processes=1, code=None):
@@ -65,12 +65,22 @@ def data(tmp_path_factory):
 def prepared(data, tmp_path_factory):
     """A function that makes an output folder with the tokens that notebooks 03 and 04 made once."""
     made = tmp_path_factory.mktemp("prepared")
-    for name in ("03_dataset", "04_chat_template"):
-        run_lesson(name, environment(made, data))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(made, data).items():
+            patch.setenv(name, value)
+        for name in ("03_dataset", "04_chat_template"):  # in this process, which has torch already
+            space = {}
+            for cell in lesson(name).cells:
+                exec(cell.source, space)
+    assert len(load_from_disk(str(made / "tokens" / "train"))) == 44
 
-    def copy(name):
+    def copy(name, rows=44):
         output = tmp_path_factory.mktemp(name)
         shutil.copytree(made / "tokens", output / "tokens")
+        if rows < 44:
+            shutil.rmtree(output / "tokens" / "train")
+            chosen = load_from_disk(str(made / "tokens" / "train")).select(range(rows))
+            chosen.save_to_disk(output / "tokens" / "train")
         return output
 
     return copy
@@ -110,35 +120,36 @@ sys.exit(train.main())
 
 @pytest.fixture(scope="module")
 def both_ways(prepared, data):
-    """Notebook 05 and train.py, four epochs each, every step logged."""
+    """Notebook 05 and train.py, three epochs each, every step logged."""
     notebook, script = prepared("notebook"), prepared("script")
-    epochs = ("max(3, -(-60 // steps_an_epoch))", str(STEPS_EACH))
-    run_lesson("05_lora_training", environment(notebook, data), [epochs, ("logging_steps=10", "logging_steps=1")])
-    run_train(script, data, "--epochs", str(STEPS_EACH), code=EVERY_STEP)
+    epochs = ("max(3, -(-60 // steps_an_epoch))", str(EPOCHS))
+    cells = lesson("05_lora_training", [epochs, ("logging_steps=10", "logging_steps=1")])
+    folder = {"metadata": {"path": str(ROOT / "notebooks" / "en")}}
+    NotebookClient(cells, timeout=300, resources=folder).execute(env=environment(notebook, data))
+    run_train(script, data, "--epochs", str(EPOCHS), code=EVERY_STEP)
     return notebook, script
 
 
 def test_script_and_notebook_train_the_same(both_ways):
     notebook, script = both_ways
     expected, found = losses(notebook), losses(script)
-    assert list(expected) == list(found) == list(range(1, 3 * STEPS_EACH + 1))
-    print(expected, found)
-    assert found == pytest.approx(expected, rel=1e-3)
-    assert expected[12] < 0.7 * expected[1]
+    assert list(expected) == list(found) == list(range(1, STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-3)  # measured: 1e-6
+    assert expected[STEPS] < 0.7 * expected[1]
     rates = [{row["step"]: row["learning_rate"] for row in history(out) if "loss" in row} for out in both_ways]
     assert rates[0] == rates[1]
-    print("adapters", far(adapter_of(script), adapter_of(notebook)))
-    assert far(adapter_of(script), adapter_of(notebook)) < 0.02
+    # Measured: 5e-6. AdamW divides by the gradient's size, so rounding grows with every step; a step on other rows, or
+    # with another learning rate, is a thousand times as far.
+    assert far(adapter_of(script), adapter_of(notebook)) < 1e-3
 
 
 def test_script_and_notebook_leave_the_same_files(both_ways):
-    notebook, script = both_ways
     for folder in ("lora", "lora/adapter"):
         names = [{path.name for path in (output / folder).iterdir()} for output in both_ways]
         assert names[0] == names[1]
     settings = [json.loads((o / "lora" / "adapter" / "adapter_config.json").read_text()) for o in both_ways]
     for one in settings:
-        one["target_modules"] = sorted(one["target_modules"])
+        one |= {name: sorted(one[name]) for name in ("target_modules", "target_parameters")}  # sets, in any order
     assert settings[0] == settings[1]
     notes = [json.loads((output / "lora" / "made_from.json").read_text()) for output in both_ways]
     assert notes[0] == notes[1]
@@ -147,18 +158,22 @@ def test_script_and_notebook_leave_the_same_files(both_ways):
 # --------------------------------------------------------------------------------------------- two processes
 
 SHORT = ("--max-steps", "6", "--save-steps", "3")
+# Whole steps alone: accelerate fills the last step of an epoch up with rows of the first, so that both processes get
+# as many, and two processes then train a little more than one. With 44 rows (12 in the last step) the adapters are 5 %
+# apart after six steps.
+FULL = 32
 
 
 @pytest.fixture(scope="module")
 def one_process(prepared, data):
-    output = prepared("one")
+    output = prepared("one", FULL)
     run_train(output, data, *SHORT)
     return output
 
 
 @pytest.fixture(scope="module")
 def two_processes(prepared, data):
-    output = prepared("two")
+    output = prepared("two", FULL)
     return output, run_train(output, data, *SHORT, processes=2)
 
 
@@ -167,7 +182,7 @@ def test_two_processes_train_what_one_does(one_process, two_processes):
     assert "2 process(es), 16 samples a step" in printed
     assert printed.count("trainable parameters: {") == 1 and "resuming from nothing" in printed
     difference = far(adapter_of(output), adapter_of(one_process))
-    print("two processes", difference)
+    print(difference)
     assert difference < 1e-3  # measured 2.5e-5
     assert all(tensor.any() for name, tensor in adapter_of(output).items() if "lora_B" in name)
 
@@ -211,7 +226,7 @@ def command(monkeypatch, capsys, data, tmp_path):
 def test_the_plan_needs_no_tokens(command, tmp_path):
     status, printed, complaint = command("--plan")
     assert status == 0 and not complaint
-    assert "702,", "702,000 trainable" in printed
+    assert "701,952 trainable parameters" in printed
     assert "16 samples a step in 1 pass(es), without activation checkpointing" in printed
     assert printed.splitlines()[-1].strip() == "fits"
     assert not list(tmp_path.iterdir())
