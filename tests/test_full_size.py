@@ -398,9 +398,10 @@ def linked(real, tmp_path):
 
 def test_the_real_layout_loads_as_the_bundled_model_and_says_nothing(real, plain, samples, tmp_path):
     code = (
-        "import sys, torch, logging\n"
+        "import sys, logging\n"
         "logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))\n"
-        "import full_size\n"
+        "import utils, full_size\n"  # in the order of train.py and the notebooks
+        "import torch\n"
         "from pathlib import Path\n"
         "from transformers.utils.logging import disable_progress_bar\n"
         "disable_progress_bar()\n"
@@ -750,6 +751,22 @@ def test_merging_a_damaged_checkpoint_writes_nothing(linked, adapter, tmp_path):
     with pytest.raises(utils.CourseError, match="model-00010-of-00010"):
         full_size.merge(linked, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="merge() finds out after the last shard, when 206 GB may have been written")
+def test_a_checkpoint_that_lacks_what_is_to_be_changed_is_refused_before_anything_is_written(linked, adapter, tmp_path):
+    lost, name = "model.layers.3.mlp.experts.5.down_proj.weight", "model.safetensors.index.json"
+    index = json.loads((linked / name).read_text(encoding="utf-8"))
+    shard = linked / index["weight_map"].pop(lost)
+    (linked / name).unlink()
+    (linked / name).write_text(json.dumps(index), encoding="utf-8")
+    tensors = load_file(shard)
+    del tensors[lost]
+    shard.unlink()
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(utils.CourseError, match=f"1 tensors of the adapter are not in .*{lost}"):
+        full_size.merge(linked, adapter, tmp_path / "out", report=lambda _: None)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_a_shard_never_stands_half_written_under_its_name(real, adapter, tmp_path, monkeypatch):
