@@ -539,6 +539,26 @@ def test_a_shard_cut_short_is_named(linked, kept):
         full_size.load_model(linked)
 
 
+def lose(folder, name):
+    """Take one tensor out of the checkpoint and of its index."""
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    shard = folder / index["weight_map"].pop(name)
+    tensors = load_file(shard)
+    del tensors[name]
+    index_file.unlink()
+    index_file.write_text(json.dumps(index), encoding="utf-8")
+    shard.unlink()
+    save_file(tensors, shard, {"format": "pt"})
+
+
+@pytest.mark.xfail(strict=True, reason="transformers reports a missing tensor and draws it at random; nobody stops")
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(linked):
+    lose(linked, "model.layers.3.self_attn.q_proj.weight")
+    with pytest.raises(utils.CourseError, match=r"model\.layers\.3\.self_attn\.q_proj\.weight"):
+        full_size.load_model(linked)
+
+
 def test_neither_4_nor_16_bits_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(utils.CourseError, match="bits=3: 16"):
         full_size.load_model(tmp_path / "nowhere", bits=3)
@@ -755,15 +775,8 @@ def test_merging_a_damaged_checkpoint_writes_nothing(linked, adapter, tmp_path):
 
 @pytest.mark.xfail(strict=True, reason="merge() finds out after the last shard, when 206 GB may have been written")
 def test_a_checkpoint_that_lacks_what_is_to_be_changed_is_refused_before_anything_is_written(linked, adapter, tmp_path):
-    lost, name = "model.layers.3.mlp.experts.5.down_proj.weight", "model.safetensors.index.json"
-    index = json.loads((linked / name).read_text(encoding="utf-8"))
-    shard = linked / index["weight_map"].pop(lost)
-    (linked / name).unlink()
-    (linked / name).write_text(json.dumps(index), encoding="utf-8")
-    tensors = load_file(shard)
-    del tensors[lost]
-    shard.unlink()
-    save_file(tensors, shard, {"format": "pt"})
+    lost = "model.layers.3.mlp.experts.5.down_proj.weight"
+    lose(linked, lost)
     with pytest.raises(utils.CourseError, match=f"1 tensors of the adapter are not in .*{lost}"):
         full_size.merge(linked, adapter, tmp_path / "out", report=lambda _: None)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

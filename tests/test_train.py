@@ -136,6 +136,11 @@ def test_script_and_notebook_train_the_same(both_ways):
     assert list(expected) == list(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=1e-3)  # measured: 1e-6
     assert expected[STEPS] < 0.7 * expected[1]
+    for name in ("new_wordings", "new_answers"):
+        held_out = [
+            [row[f"eval_{name}_loss"] for row in history(out) if f"eval_{name}_loss" in row] for out in both_ways
+        ]
+        assert len(held_out[0]) == 2 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
     rates = [{row["step"]: row["learning_rate"] for row in history(out) if "loss" in row} for out in both_ways]
     assert rates[0] == rates[1]
     # Measured: 5e-6. AdamW divides by the gradient's size, so rounding grows with every step; a step on other rows, or
