@@ -134,6 +134,20 @@ def test_logits_count_where_they_outgrow_a_layers_own_tensors():
     assert all_of_them.gpu["activations"] > labels * 151552 * 10 / GIB - 9
 
 
+def test_activations_grow_with_the_layers_and_the_factors():
+    half = deepcopy(planner.AIR)
+    half.num_hidden_layers = 23
+    how = {"machine": H100, "advise": False, "bits": 4, "samples": 1024, "groups": ATTENTION, "rank": 1}
+    whole, less = plan(**how), plan(half, **how)
+    a_layer = 2 * 1024 * 60.6 * 4096 / GIB  # one hidden state a token, less the gradients that come instead
+    assert whole.gpu["activations"] - less.gpu["activations"] == pytest.approx(23 * a_layer, rel=0.01)
+    how = {"machine": LAPTOP, "advise": False, "checkpointing": False, "samples": 1024}
+    small, large = (plan(rank=rank, **how) for rank in (8, 16))
+    # In float32 a factor's copy for the product and its gradient's: 8 bytes, of which the gradient proper takes 4 over.
+    grown = large.gpu["activations"] - small.gpu["activations"]
+    assert grown == pytest.approx(4 * 594_261_504 / GIB)
+
+
 # ------------------------------------------------------------------------------------------- good sense
 
 
