@@ -1,0 +1,292 @@
+"""`train.py` against notebook 05 on the same rows, on two processes, interrupted, and given what it cannot use."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT
+from datasets import load_from_disk
+from nbclient import NotebookClient
+from safetensors.torch import load_file
+
+import full_size
+import train
+import utils
+
+EPOCHS, STEPS = 3, 9  # 44 rows: two steps of 16 and one of 12 in each epoch
+
+
+def environment(output, data, **more):
+    """The variables of a run on the processor, into a folder of its own."""
+    course = {"COURSE_OUTPUT": str(output), "COURSE_DATA": str(data), "SWANLAB_MODE": "disabled"}
+    return {**os.environ, **course, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def lesson(name, changes=()):
+    """The code cells of a notebook up to its exercises, some texts replaced; the changes must be there to be made."""
+    notebook = nbformat.read(ROOT / "notebooks" / "en" / f"{name}.ipynb", as_version=4)
+    end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Exercises"))
+    notebook.cells = [cell for cell in notebook.cells[:end] if cell.cell_type == "code"]
+    for old, new in changes:
+        assert any(old in cell.source for cell in notebook.cells), old
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+    return notebook
+
+
+def run_train(output, data, *arguments, processes=1, code=None):
+    """Run train.py as a user does, or `code` in its place; return what it printed."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-c", code] if code else [str(ROOT / "train.py")]
+    done = subprocess.run(
+        [*command, *arguments], env=environment(output, data), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """48 rows of the course's file."""
+    rows = json.loads((ROOT / "dataset" / "huanhuan.json").read_text(encoding="utf-8"))
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    path.write_text(json.dumps(rows[:48], ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(data, tmp_path_factory):
+    """A function that makes an output folder with the tokens that notebooks 03 and 04 made once."""
+    made = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(made, data).items():
+            patch.setenv(name, value)
+        for name in ("03_dataset", "04_chat_template"):  # in this process, which has torch already
+            space = {}
+            for cell in lesson(name).cells:
+                exec(cell.source, space)
+    assert len(load_from_disk(str(made / "tokens" / "train"))) == 44
+
+    def copy(name, rows=44):
+        output = tmp_path_factory.mktemp(name)
+        shutil.copytree(made / "tokens", output / "tokens")
+        if rows < 44:
+            shutil.rmtree(output / "tokens" / "train")
+            chosen = load_from_disk(str(made / "tokens" / "train")).select(range(rows))
+            chosen.save_to_disk(output / "tokens" / "train")
+        return output
+
+    return copy
+
+
+def adapter_of(output):
+    return load_file(output / "lora" / "adapter" / "adapter_model.safetensors")
+
+
+def history(output):
+    """The log of the last checkpoint."""
+    states = (output / "lora" / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    last = max(states, key=lambda path: int(path.parent.name.split("-")[1]))
+    return json.loads(last.read_text(encoding="utf-8"))["log_history"]
+
+
+def losses(output):
+    return {row["step"]: row["loss"] for row in history(output) if "loss" in row}
+
+
+def far(found, expected):
+    """The size of the difference of two adapters, as a share of the size of the second."""
+    assert found.keys() == expected.keys()
+    difference = sum((found[name] - tensor).pow(2).sum() for name, tensor in expected.items())
+    return (difference / sum(tensor.pow(2).sum() for tensor in expected.values())).sqrt().item()
+
+
+# ------------------------------------------------------------------------------- the notebook and the script
+
+EVERY_STEP = """
+import sys, train
+usual = train.TrainingArguments
+train.TrainingArguments = lambda **given: usual(**(given | {"logging_steps": 1}))
+sys.exit(train.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def both_ways(prepared, data):
+    """Notebook 05 and train.py, three epochs each, every step logged."""
+    notebook, script = prepared("notebook"), prepared("script")
+    epochs = ("max(3, -(-60 // steps_an_epoch))", str(EPOCHS))
+    cells = lesson("05_lora_training", [epochs, ("logging_steps=10", "logging_steps=1")])
+    folder = {"metadata": {"path": str(ROOT / "notebooks" / "en")}}
+    NotebookClient(cells, timeout=300, resources=folder).execute(env=environment(notebook, data))
+    run_train(script, data, "--epochs", str(EPOCHS), code=EVERY_STEP)
+    return notebook, script
+
+
+def test_script_and_notebook_train_the_same(both_ways):
+    notebook, script = both_ways
+    expected, found = losses(notebook), losses(script)
+    assert list(expected) == list(found) == list(range(1, STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-3)  # measured: 1e-6
+    assert expected[STEPS] < 0.7 * expected[1]
+    for name in ("new_wordings", "new_answers"):
+        held_out = [
+            [row[f"eval_{name}_loss"] for row in history(out) if f"eval_{name}_loss" in row] for out in both_ways
+        ]
+        assert len(held_out[0]) == 2 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+    rates = [{row["step"]: row["learning_rate"] for row in history(out) if "loss" in row} for out in both_ways]
+    assert rates[0] == rates[1]
+    # Measured: 5e-6. AdamW divides by the gradient's size, so rounding grows with every step; a step on other rows, or
+    # with another learning rate, is a thousand times as far.
+    assert far(adapter_of(script), adapter_of(notebook)) < 1e-3
+
+
+def test_script_and_notebook_leave_the_same_files(both_ways):
+    for folder in ("lora", "lora/adapter"):
+        names = [{path.name for path in (output / folder).iterdir()} for output in both_ways]
+        assert names[0] == names[1]
+    settings = [json.loads((o / "lora" / "adapter" / "adapter_config.json").read_text()) for o in both_ways]
+    for one in settings:
+        one |= {name: sorted(one[name]) for name in ("target_modules", "target_parameters")}  # sets, in any order
+    assert settings[0] == settings[1]
+    notes = [json.loads((output / "lora" / "made_from.json").read_text()) for output in both_ways]
+    assert notes[0] == notes[1]
+
+
+# --------------------------------------------------------------------------------------------- two processes
+
+SHORT = ("--max-steps", "6", "--save-steps", "3")
+# Whole steps alone: accelerate fills the last step of an epoch up with rows of the first, so that both processes get
+# as many, and two processes then train a little more than one. With 44 rows (12 in the last step) the adapters are 5 %
+# apart after six steps.
+FULL = 32
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared, data):
+    output = prepared("one", FULL)
+    run_train(output, data, *SHORT)
+    return output
+
+
+@pytest.fixture(scope="module")
+def two_processes(prepared, data):
+    output = prepared("two", FULL)
+    return output, run_train(output, data, *SHORT, processes=2)
+
+
+def test_two_processes_train_what_one_does(one_process, two_processes):
+    output, printed = two_processes
+    assert "2 process(es), 16 samples a step" in printed
+    assert printed.count("trainable parameters: {") == 1 and "resuming from nothing" in printed
+    difference = far(adapter_of(output), adapter_of(one_process))
+    print(difference)
+    assert difference < 1e-3  # measured 2.5e-5
+    assert all(tensor.any() for name, tensor in adapter_of(output).items() if "lora_B" in name)
+
+
+def test_an_interrupted_run_of_two_processes_ends_where_it_would_have(two_processes, data, tmp_path):
+    finished, _ = two_processes
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    assert sorted(p.name for p in (output / "lora" / "checkpoints").glob("c*")) == ["checkpoint-3", "checkpoint-6"]
+    shutil.rmtree(output / "lora" / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(output / "lora" / "adapter")
+    (output / "lora" / "made_from.json").unlink()
+    printed = run_train(output, data, *SHORT, processes=2)
+    assert "resuming from" in printed and "checkpoint-3" in printed
+    found, expected = adapter_of(output), adapter_of(finished)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    halfway = load_file(output / "lora" / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors")
+    assert far(halfway, expected) > 1e-2  # so steps 4 to 6 were made
+    assert history(output)[-1]["step"] == 6
+
+
+# ------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, data, tmp_path):
+    """Run the command line in this process: status, what it printed, what it complained of."""
+
+    def run(*arguments, output=tmp_path):
+        course = {"COURSE_OUTPUT": str(output), "COURSE_DATA": str(data), "SWANLAB_MODE": "disabled"}
+        for name, value in course.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        status = train.main()
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_the_plan_needs_no_tokens(command, tmp_path):
+    status, printed, complaint = command("--plan")
+    assert status == 0 and not complaint
+    assert "701,952 trainable parameters" in printed
+    assert "16 samples a step in 1 pass(es), without activation checkpointing" in printed
+    assert printed.splitlines()[-1].strip() == "fits"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_of_the_large_model_needs_no_weights(command, monkeypatch):
+    monkeypatch.setenv("COURSE_MODEL", "ZhipuAI/GLM-4.5-Air")
+    status, printed, _ = command("--plan", "--bits", "4")
+    assert status == 0
+    assert "594,261,504 trainable parameters" in printed and "with activation checkpointing" in printed
+
+
+def test_without_tokens_it_says_which_notebook_to_run(command, tmp_path):
+    status, printed, complaint = command()
+    assert status == 1 and not printed
+    assert complaint.startswith("train.py: ") and "Run notebook 04_chat_template first" in complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):
+    output = prepared("uneven")
+    status, _, complaint = command("--samples", "10", "--passes", "4", output=output)
+    assert status == 1
+    assert "--samples 10 cannot be shared out over 1 process(es) and 4 pass(es). Use a multiple of 4." in complaint
+    assert [path.name for path in output.iterdir()] == ["tokens"]
+
+
+def test_a_plan_that_does_not_fit_loads_nothing(command, prepared, monkeypatch):
+    monkeypatch.setattr(full_size, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    output = prepared("large")
+    status, printed, complaint = command("--rank", "1000000", output=output)
+    assert status == 1
+    assert "does not fit" in printed and ("are free" in complaint)
+    assert [path.name for path in output.iterdir()] == ["tokens"]
+
+
+def test_the_merged_checkpoint_is_the_model_with_its_adapter(command, one_process, tmp_path):
+    merged = tmp_path / "merged"
+    status, printed, complaint = command("--merge", str(merged), output=one_process)
+    assert status == 0 and not complaint
+    assert "tensors changed; the checkpoint is in" in printed
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(merged)("你是谁？", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
+        before = base(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, one_process / "lora" / "adapter")(input_ids=ids).logits
+    # The checkpoint is bf16, so what was added is rounded to 8 bits.
+    assert (found - adapted).norm() < 0.1 * (before - adapted).norm()
+
+
+def test_merging_before_training_says_what_to_run(command, tmp_path):
+    status, _, complaint = command("--merge", str(tmp_path / "merged"))
+    assert status == 1 and "Run notebook 05_lora_training first" in complaint
+    assert not (tmp_path / "merged").exists()
