@@ -34,6 +34,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from planner import tensors
 from utils import CourseError, shown
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -136,6 +137,8 @@ def adapter_fits(folder: Path, config: Any) -> None:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     layers = 1 + max((int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))), default=-1)
+    if all(".layers.0." in name for name in names):  # dense layer alone: nothing is known of the others
+        layers = config.num_hidden_layers
     hidden = next((shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name), config.hidden_size)
     rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     experts = {shape[0] // rank for name, shape in shapes.items() if re.search(r"mlp\.experts\..*lora_A", name)}
@@ -283,14 +286,29 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_shards(folder: Path) -> int:
-    """Every shard that the index names is there and as long as its own header says.
-
-    Returns:
-        The bytes of all shards.
+def shard_header(path: Path) -> dict[str, Any]:
+    """Name to type, shape and place of each tensor in a safetensors file.
 
     Raises:
-        CourseError: shards that are missing or cut short, by name.
+        CourseError: the file is not as long as its header says, or the header itself is cut.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < 2**27 else {}
+        except ValueError:
+            header = {}
+    header.pop("__metadata__", None)
+    if not header or 8 + length + max(entry["data_offsets"][1] for entry in header.values()) != path.stat().st_size:
+        raise CourseError(f"{shown(path)} is cut short or damaged. Delete it and run 02_download again.")
+    return header
+
+
+def check_shards(folder: Path) -> dict[str, Any]:
+    """The headers of all shards, after seeing that every shard and every tensor of the model is there.
+
+    Raises:
+        CourseError: shards that are missing or cut short, or tensors that no shard holds, by name.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -301,14 +319,16 @@ def check_shards(folder: Path) -> int:
             f"{shown(folder)}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}). Run notebook 02_download again: it fetches only what is missing."
         )
-    for name in names:
-        with (folder / name).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 2**27 else {}
-        ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
-        if not ends or (folder / name).stat().st_size != 8 + length + max(ends):
-            raise CourseError(f"{shown(folder / name)} is cut short or damaged. Delete it and run 02_download again.")
-    return sum((folder / name).stat().st_size for name in names)
+    headers = {tensor: entry for name in names for tensor, entry in shard_header(folder / name).items()}
+    config = AutoConfig.from_pretrained(folder)
+    prediction = f"model.layers.{config.num_hidden_layers}."  # not used here, so not missed
+    lost = [name for name, _, _ in tensors(config) if name not in headers and not name.startswith(prediction)]
+    if lost:
+        raise CourseError(
+            f"{shown(folder)}: {len(lost)} tensors are in no shard ({lost[0]}{', ...' if len(lost) > 1 else ''}). "
+            "This is no whole checkpoint of such a model; nothing was loaded."
+        )
+    return headers
 
 
 def load_model(
@@ -340,9 +360,8 @@ def load_model(
     elif gpu:
         how["device_map"] = device_map or "auto"
     # The layer after the last one predicts a second token; it is in the checkpoint and takes no part here.
-    prediction = rf"model\.layers\.{config.num_hidden_layers}\."
-    kind = Glm4MoeForCausalLM
-    kind._keys_to_ignore_on_load_unexpected = [*(kind._keys_to_ignore_on_load_unexpected or ()), prediction]
+    prediction, kind = rf"model\.layers\.{config.num_hidden_layers}\.", Glm4MoeForCausalLM
+    kind._keys_to_ignore_on_load_unexpected = list({*(kind._keys_to_ignore_on_load_unexpected or ()), prediction})
     model = kind.from_pretrained(folder, **how)
     model.config.use_cache = False  # training reads each row once
     return model
@@ -579,9 +598,12 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
         CourseError: a folder that holds something already, too little disk, a damaged checkpoint, or an adapter that
             was trained on another model. A shard appears under its name only when it is whole.
     """
-    total = check_shards(folder)
-    config = AutoConfig.from_pretrained(folder)
+    headers, config = check_shards(folder), AutoConfig.from_pretrained(folder)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     adapter_fits(adapter, config)
+    change, changed = updates(adapter, config), 0
+    if missed := sorted(set(change) - set(headers)):
+        raise CourseError(f"{len(missed)} tensors of the adapter are not in {shown(folder)}: {missed[0]}, ...")
     if out.is_dir() and any(out.iterdir()):
         raise CourseError(f"{shown(out)} is not empty. Name a new folder, or empty this one. Nothing was written.")
     parent = next(path for path in (out, *out.parents) if path.is_dir())
@@ -591,7 +613,6 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
             "Nothing was written."
         )
     out.mkdir(parents=True, exist_ok=True)
-    change, changed = updates(adapter, config), set()
     shards = sorted(folder.glob("*.safetensors"))
     for number, shard in enumerate(shards, 1):
         tensors = {}
@@ -601,14 +622,12 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
                 tensor = file.get_tensor(name)
                 if name in change:
                     tensor = (tensor.float() + change[name]()).to(tensor.dtype)
-                    changed.add(name)
+                    changed += 1
                 tensors[name] = tensor
         save_file(tensors, out / f"{shard.name}.part", metadata)
         (out / f"{shard.name}.part").rename(out / shard.name)
         report(f"shard {number} of {len(shards)}: {shard.name}")
-    if missed := sorted(set(change) - changed):
-        raise CourseError(f"{len(missed)} tensors of the adapter are not in {shown(folder)}: {missed[0]}, ...")
     for path in folder.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
             shutil.copy(path, out)
-    return len(changed)
+    return changed

@@ -8,6 +8,7 @@ for those cards, and is a guess for others. `tests/test_planner.py` compares it 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,48 @@ def active_parameters(config: Any) -> float:
     return count["linear"] + count["routed"] * config.num_experts_per_tok / config.n_routed_experts
 
 
+def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of every tensor in the published checkpoint, layer by layer."""
+    hidden, wide = config.hidden_size, config.moe_intermediate_size
+    heads, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+    def mlp(prefix: str, inner: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        yield f"{prefix}.gate_proj.weight", (inner, hidden), "BF16"
+        yield f"{prefix}.up_proj.weight", (inner, hidden), "BF16"
+        yield f"{prefix}.down_proj.weight", (hidden, inner), "BF16"
+
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden), "BF16"
+    for layer in range(config.num_hidden_layers + 1):  # the last one predicts a second token
+        at = f"model.layers.{layer}"
+        for name, out in (("q_proj", heads), ("k_proj", keys), ("v_proj", keys)):
+            yield f"{at}.self_attn.{name}.weight", (out, hidden), "BF16"
+            if config.attention_bias:
+                yield f"{at}.self_attn.{name}.bias", (out,), "BF16"
+        if config.use_qk_norm:
+            yield f"{at}.self_attn.q_norm.weight", (config.head_dim,), "BF16"
+            yield f"{at}.self_attn.k_norm.weight", (config.head_dim,), "BF16"
+        yield f"{at}.self_attn.o_proj.weight", (hidden, heads), "BF16"
+        yield f"{at}.input_layernorm.weight", (hidden,), "BF16"
+        yield f"{at}.post_attention_layernorm.weight", (hidden,), "BF16"
+        if layer < config.first_k_dense_replace:
+            yield from mlp(f"{at}.mlp", config.intermediate_size)
+        else:
+            yield f"{at}.mlp.gate.weight", (config.n_routed_experts, hidden), "BF16"
+            yield f"{at}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,), "F32"
+            yield from mlp(f"{at}.mlp.shared_experts", wide * config.n_shared_experts)
+            for expert in range(config.n_routed_experts):
+                yield from mlp(f"{at}.mlp.experts.{expert}", wide)
+        if layer == config.num_hidden_layers:
+            yield f"{at}.eh_proj.weight", (hidden, 2 * hidden), "BF16"
+            for norm in ("enorm", "hnorm", "shared_head.norm"):
+                yield f"{at}.{norm}.weight", (hidden,), "BF16"
+            yield f"{at}.embed_tokens.weight", (config.vocab_size, hidden), "BF16"
+            yield f"{at}.shared_head.head.weight", (config.vocab_size, hidden), "BF16"
+    yield "model.norm.weight", (hidden,), "BF16"
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden), "BF16"
+
+
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a scale in 8 bits for 64 numbers, its scale in 32 for 256 of those
 
 
@@ -166,7 +209,7 @@ class Plan:
         return enough and self.peak <= 0.97 * self.room and 3 * self.checkpoint_gib <= self.machine.disk_gib
 
     def text(self) -> str:
-        """The plan in five lines."""
+        """The plan in six lines."""
         where = "each GPU" if self.machine.gpus else "this machine"
         terms = " + ".join(f"{name} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
         kind = "4-bit weights" if self.bits == 4 else "bf16 weights" if self.machine.gpus else "float32 weights"
@@ -351,6 +394,8 @@ def plan(
 def nearest(made: Plan, asked: dict[str, Any]) -> str:
     """What would fit: on this machine if anything does, else how many GPUs of 80 GB."""
     machine = made.machine
+    if made.peak <= 0.97 * made.room and 3 * made.checkpoint_gib > machine.disk_gib:
+        return f"The disk is too small: free {3 * made.checkpoint_gib - machine.disk_gib:.1f} GiB more, or use another."
     if machine.gpus:
         for bits, processes in ((made.bits, made.processes), (16, machine.gpus), (4, 1)):
             for passes in (1, 2, 4, 8, 16):
@@ -362,6 +407,7 @@ def nearest(made: Plan, asked: dict[str, Any]) -> str:
                     return (
                         f"This would fit in {found.peak:.0f} GiB: {start} train.py --bits {bits} "
                         f"--samples {asked['samples']} --passes {passes}"
+                        + (" --attention-only" if asked["groups"] == ("attention",) else "")
                         + (f" --rank {asked['rank']}." if asked["rank"] != 8 else ".")
                     )
     disk = max(machine.disk_gib, 3 * made.checkpoint_gib)

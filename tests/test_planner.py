@@ -219,7 +219,6 @@ def test_the_advice_keeps_the_rank():
     assert "--rank" not in plan(machine=H100).advice
 
 
-@pytest.mark.xfail(strict=True, reason="the advised command leaves out --attention-only, and so trains all groups")
 def test_the_advice_keeps_the_groups():
     made = plan(machine=H100, groups=ATTENTION)
     assert "--bits 4" in made.advice
@@ -262,7 +261,6 @@ def test_too_little_disk_is_refused_with_figures():
         made.require_fit()
 
 
-@pytest.mark.xfail(strict=True, reason="text() gives advice on GPUs where only the disk is too small")
 def test_too_little_disk_is_what_the_plan_says():
     said = plan(bits=4, machine=replace(H100, disk_gib=10)).text().splitlines()[-1]
     assert "GPU(s)" not in said and "disk" in said.lower()
