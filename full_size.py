@@ -598,9 +598,10 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
         CourseError: a folder that holds something already, too little disk, a damaged checkpoint, or an adapter that
             was trained on another model. A shard appears under its name only when it is whole.
     """
-    headers, config = check_shards(folder), AutoConfig.from_pretrained(folder)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    config = AutoConfig.from_pretrained(folder)
     adapter_fits(adapter, config)
+    headers = check_shards(folder)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     change, changed = updates(adapter, config), 0
     if missed := sorted(set(change) - set(headers)):
         raise CourseError(f"{len(missed)} tensors of the adapter are not in {shown(folder)}: {missed[0]}, ...")
