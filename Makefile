@@ -6,7 +6,7 @@ PORT ?= 5092
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
 
-.PHONY: setup run lab dashboard test lint store model clean
+.PHONY: setup run lab dashboard test test-faults lint benchmark store model clean
 
 setup: $(VENV)/ready
 
@@ -29,9 +29,17 @@ dashboard: setup
 	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)
 
 test: lint
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q tests --ignore-glob='*/test_faults_*'
 	@$(BIN)/python tests/run_nbval.py notebooks/en
 	@$(BIN)/python -m pytest -q tests/exercises.py
+
+# Killed, cut off, filled up, run out of order: what happens then. The table of faults is tests/faults.md.
+test-faults: setup
+	@$(BIN)/python -m pytest -q tests/test_faults_*.py
+
+# Times LoRA training at the full size on the GPUs of this machine, with random weights.
+benchmark: setup
+	@$(BIN)/python benchmarks/benchmark.py
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
