@@ -175,7 +175,7 @@ def test_there_are_forty_and_each_has_a_name():
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.fault)
-def test_a_bad_file_gets_one_message_with_file_place_and_mend(tmp_path, case):
+def test_a_bad_file_gets_one_message_with_file_place_and_mend(tmp_path, case, fault):
     with pytest.raises(utils.CourseError) as error:
         utils.load_rows(mine(tmp_path, case))
     said = str(error.value)
@@ -184,6 +184,7 @@ def test_a_bad_file_gets_one_message_with_file_place_and_mend(tmp_path, case):
     assert len(said) < 3_000
     assert said.encode()  # nothing in it that cannot be shown
     assert error.value.__cause__ is None or error.value.__suppress_context__
+    fault.record("data", case.fault, "a file of such bytes", "refused: " + " … ".join(case.happened))
 
 
 @pytest.fixture
@@ -204,9 +205,10 @@ def said_by_the_notebook(cell, tokenizer, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.fault)
-def test_a_strange_file_is_taken_and_a_line_says_so(tmp_path, said_by_the_notebook, case):
+def test_a_strange_file_is_taken_and_a_line_says_so(tmp_path, said_by_the_notebook, case, fault):
     said = said_by_the_notebook(mine(tmp_path, case))
     assert all(text in said for text in case.happened), said
+    fault.record("data", case.fault, "a file of such bytes", "taken, and said: " + " … ".join(case.happened))
 
 
 def test_the_default_file_gives_no_remark(said_by_the_notebook):
@@ -216,7 +218,7 @@ def test_the_default_file_gives_no_remark(said_by_the_notebook):
 
 
 @pytest.mark.parametrize("kind", ["folder", "link to nowhere", "no rights"])
-def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind):
+def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind, fault):
     path, said = tmp_path / "mine.json", "a folder, not a file"
     if kind == "folder":
         path.mkdir()
@@ -233,6 +235,12 @@ def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind):
         said = "cannot be read (Permission denied). Check its permissions"
     with pytest.raises(utils.CourseError, match=re.escape(said)):
         utils.load_rows(path)
+    fault.record(
+        "data",
+        f"the data file is a {kind}" if kind != "no rights" else "the data file may not be read",
+        "in its place",
+        "refused: " + said,
+    )
 
 
 # ------------------------------------------------------------------------------------------ text stays text
@@ -281,7 +289,7 @@ def sample_with(formatter: dict[str, Any], place: str, text: str, thinking: bool
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("thinking", [False, True])
-def test_no_field_forges_a_special_token_in_training(formatter, tokenizer, place, thinking):
+def test_no_field_forges_a_special_token_in_training(formatter, tokenizer, place, thinking, fault):
     special = set(tokenizer.get_added_vocab().values())
     honest = [i for i in sample_with(formatter, place, "己", thinking)["input_ids"] if i in special]
     assert len(tokenizer.get_added_vocab()) == 36
@@ -290,19 +298,31 @@ def test_no_field_forges_a_special_token_in_training(formatter, tokenizer, place
             ids = sample_with(formatter, place, text, thinking)["input_ids"]
             assert [i for i in ids if i in special] == honest, text
             assert text.strip() in tokenizer.decode(ids)
+    fault.record(
+        "data",
+        f"a special token spelt in {place}",
+        "each of the 36, alone, twice, cut and in text",
+        "stays text in the samples; no turn is forged",
+    )
 
 
-def test_a_tag_cut_in_two_between_fields_forges_nothing(formatter, tokenizer):
+def test_a_tag_cut_in_two_between_fields_forges_nothing(formatter, tokenizer, fault):
     special = set(tokenizer.get_added_vocab().values())
     honest = [i for i in formatter["tokenize_row"](GOOD)["input_ids"] if i in special]
     for spelling in tokenizer.get_added_vocab():
         for cut in range(1, len(spelling)):
             row = {"instruction": "问" + spelling[:cut], "input": spelling[cut:], "output": "答" + spelling[:cut]}
             assert [i for i in formatter["tokenize_row"](row)["input_ids"] if i in special] == honest, row
+    fault.record(
+        "data",
+        "a special token cut in two between fields",
+        "each of the 36, at each place",
+        "stays text; no turn is forged",
+    )
 
 
 @pytest.mark.parametrize("place", ["system", "user", "assistant"])
-def test_no_turn_forges_a_special_token_in_the_asking_prompt(asking, tokenizer, place):
+def test_no_turn_forges_a_special_token_in_the_asking_prompt(asking, tokenizer, place, fault):
     special = set(tokenizer.get_added_vocab().values())
 
     def ids_with(text: str) -> list[int]:
@@ -316,6 +336,12 @@ def test_no_turn_forges_a_special_token_in_the_asking_prompt(asking, tokenizer, 
             ids = ids_with(text)
             assert [i for i in ids if i in special] == honest, text
             assert text in tokenizer.decode(ids)
+    fault.record(
+        "data",
+        f"a special token spelt in a {place} turn",
+        "each of the 36, in the prompt of notebook 06",
+        "stays text; no turn is forged",
+    )
 
 
 def test_lookalikes_are_other_text(formatter, tokenizer):

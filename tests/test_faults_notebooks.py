@@ -117,7 +117,7 @@ def is_clear(error: str, shown: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ["01_environment", "03_dataset", "04_chat_template"])
-def test_backwards_then_in_order_then_backwards(right, output, name):
+def test_backwards_then_in_order_then_backwards(right, output, name, fault):
     with opened(name, output) as learner:
         learner.run(learner.code[0])
         said = [learner.run(number) for number in reversed(learner.code[1:])]
@@ -128,28 +128,41 @@ def test_backwards_then_in_order_then_backwards(right, output, name):
         for number in reversed(learner.code):  # any cell once more, with all that later cells have made
             assert learner.run(number) == ("", ""), learner.client.nb.cells[number].id
     assert written(output) == right
+    fault.record(
+        "notebooks",
+        f"{name}: cells backwards, in order, backwards",
+        "a real kernel",
+        "each gives its result or one line with the mend; the files are those of a clean run",
+    )
 
 
 @pytest.mark.parametrize("name", ["01_environment", "03_dataset", "04_chat_template"])
-def test_every_cell_twice(right, output, name):
+def test_every_cell_twice(right, output, name, fault):
     with opened(name, output) as learner:
         for number in learner.code:
             assert learner.run(number) == ("", "")
             assert learner.run(number) == ("", "")
     assert written(output) == right
+    fault.record("notebooks", f"{name}: every cell twice", "a real kernel", "the files are those of a clean run")
 
 
 @pytest.mark.parametrize("name", ["03_dataset", "04_chat_template", "05_lora_training", "06_inference"])
-def test_a_restarted_kernel_says_at_any_cell_what_to_run(right, output, name):
+def test_a_restarted_kernel_says_at_any_cell_what_to_run(right, output, name, fault):
     """As `make lab` starts kernels; without its startup file a kernel knows no message before `import utils`."""
     with opened(name, output, **STARTUP) as learner:
         said = [learner.run(number) for number in reversed(learner.code[1:])]
     assert all(is_clear(*one) for one in said), said
     assert sum(error == "NameError" for error, _ in said) > len(said) / 3
     assert written(output) == right
+    fault.record(
+        "notebooks",
+        f"{name}: a cell in a kernel just restarted",
+        "each cell alone, as make lab starts kernels",
+        "one line says what to run; nothing is written",
+    )
 
 
-def test_a_kernel_restarted_in_the_middle_goes_on_after_run_all_above(right, output):
+def test_a_kernel_restarted_in_the_middle_goes_on_after_run_all_above(right, output, fault):
     with opened("04_chat_template", output, **STARTUP) as learner:
         middle = learner.holding("parts = {}")
         error, shown = learner.run(middle)
@@ -157,6 +170,12 @@ def test_a_kernel_restarted_in_the_middle_goes_on_after_run_all_above(right, out
         for number in learner.code:
             assert learner.run(number) == ("", "")
     assert written(output) == right
+    fault.record(
+        "notebooks",
+        "04: kernel restarted in the middle",
+        "a cell that needs others, then all in order",
+        "one line says what to run; the files are those of a clean run",
+    )
 
 
 def test_the_startup_file_leaves_no_name_behind_and_a_typo_in_a_library_keeps_its_trace(tmp_path):
@@ -172,7 +191,7 @@ def test_the_startup_file_leaves_no_name_behind_and_a_typo_in_a_library_keeps_it
     assert FOUND_TOO_EARLY not in "\n".join(cells[1].outputs[0].traceback)
 
 
-def test_training_without_notebook_04_stops_at_every_cell_that_needs_it(output, tmp_path):
+def test_training_without_notebook_04_stops_at_every_cell_that_needs_it(output, tmp_path, fault):
     for path in (output / "tokens").rglob("*"):
         if path.is_file():
             path.unlink()
@@ -183,6 +202,12 @@ def test_training_without_notebook_04_stops_at_every_cell_that_needs_it(output, 
     assert "Run notebook 04_chat_template first" in said[learner.code[0]][1]
     assert all(is_clear(*one) for one in said.values()), said
     assert said[last][0] == "NameError"
+    fault.record(
+        "notebooks",
+        "05 before 04",
+        "every cell, in an empty output folder",
+        "each cell that needs it says which notebook to run",
+    )
 
 
 def test_no_cell_takes_the_name_of_a_function_of_another_cell():
@@ -202,7 +227,7 @@ def test_no_cell_takes_the_name_of_a_function_of_another_cell():
             assert not {n for n in stored & set(functions) if functions[n] != name}, name
 
 
-def test_a_prompt_changed_after_the_samples_is_refused(right, output):
+def test_a_prompt_changed_after_the_samples_is_refused(right, output, fault):
     with opened("04_chat_template", output) as learner:
         learner.run_all()
         learner.run('SYSTEM_PROMPT = "', 甄嬛="陆掌柜")
@@ -210,12 +235,18 @@ def test_a_prompt_changed_after_the_samples_is_refused(right, output):
     assert error == "CourseError"
     assert "another system prompt" in shown
     assert written(output) == right
+    fault.record(
+        "notebooks",
+        "04: the system prompt changes after the samples were made",
+        "the cell is edited and run again",
+        "refused with the mend before anything is saved",
+    )
 
 
 # ------------------------------------------------------------------------------------------- another folder
 
 
-def test_from_another_folder_without_the_startup_file_the_mend_stands_beside_the_error(tmp_path):
+def test_from_another_folder_without_the_startup_file_the_mend_stands_beside_the_error(tmp_path, fault):
     for path in sorted(EN.glob("*.ipynb")):
         source = path.read_text(encoding="utf-8")
         assert "# not found? Start this notebook from its own folder" in source or path.stem == "05_lora_training"
@@ -224,9 +255,15 @@ def test_from_another_folder_without_the_startup_file_the_mend_stands_beside_the
     assert error == "ModuleNotFoundError"
     assert "Start this notebook from its own folder, notebooks/en" in shown
     assert not (tmp_path / "out").exists()
+    fault.record(
+        "notebooks",
+        "a kernel in another folder, without make lab",
+        "another working directory",
+        "the error's line names the mend",
+    )
 
 
-def test_from_another_folder_with_the_startup_file_the_result_is_the_same(right, tmp_path):
+def test_from_another_folder_with_the_startup_file_the_result_is_the_same(right, tmp_path, fault):
     here = tmp_path / "elsewhere"
     here.mkdir()
     (here / "utils.py").write_text("raise SystemExit('not the utils of the course')\n")
@@ -235,22 +272,31 @@ def test_from_another_folder_with_the_startup_file_the_result_is_the_same(right,
             learner.run_all()
     assert written(tmp_path / "out") == right
     assert [path.name for path in here.iterdir()] == ["utils.py"]
+    fault.record(
+        "notebooks",
+        "a kernel in another folder",
+        "make lab's startup file, a foreign utils.py beside it",
+        "the files are those of a clean run",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- two at once
 
 
-def test_two_at_once_with_an_output_each_do_not_meet(right, tmp_path):
+def test_two_at_once_with_an_output_each_do_not_meet(right, tmp_path, fault):
     with opened("03_dataset", tmp_path / "a") as first, opened("03_dataset", tmp_path / "b", COURSE_DATA=str(TEA)) as b:
         for number in first.code:
             assert first.run(number) == b.run(number) == ("", "")
     assert files(tmp_path / "a" / "rows") == right["rows"]
     rows = [row for path in (tmp_path / "b" / "rows").glob("[nt]*.json") for row in json.loads(path.read_text("utf-8"))]
     assert sorted(row["output"] for row in rows) == sorted(row["output"] for row in utils.load_rows(TEA))
+    fault.record(
+        "notebooks", "two learners at once", "two kernels, an output folder each", "the files are those of a clean run"
+    )
 
 
 @pytest.mark.parametrize("moment", ["@interact", "parts = {}"])
-def test_rows_of_another_run_that_come_in_the_middle_are_refused(right, output, moment):
+def test_rows_of_another_run_that_come_in_the_middle_are_refused(right, output, moment, fault):
     """One learner is in the middle of 04 when another, with the same output folder and other data, runs 03."""
     with opened("04_chat_template", output) as first:
         reading = first.holding(moment)
@@ -261,13 +307,25 @@ def test_rows_of_another_run_that_come_in_the_middle_are_refused(right, output, 
         said = [first.run(number) for number in first.code if number >= reading]
     assert said[first.code.index(first.holding("utils.remake(")) - first.code.index(reading)][0] == "CourseError"
     assert files(output / "tokens") == right["tokens"]
+    fault.record(
+        "notebooks",
+        "03 runs with other data while 04 works",
+        "between two cells of 04",
+        "04 stops before it saves and says so",
+    )
 
 
-def test_inference_refuses_rows_of_another_run(cell, output, monkeypatch):
+def test_inference_refuses_rows_of_another_run(cell, output, monkeypatch, fault):
     monkeypatch.setenv("COURSE_OUTPUT", str(output))
     monkeypatch.setenv("COURSE_DATA", str(TEA))
     with pytest.raises(utils.CourseError, match=r"rows was made from other data than dataset/teahouse\.json"):
         exec(cell("06_inference", "asked_now = "), {"utils": utils, "course": utils.settings(), "json": json})
+    fault.record(
+        "notebooks",
+        "06 with rows or tokens of another run",
+        "the folders are exchanged",
+        "refused: one message names the notebook to run",
+    )
 
 
 WRITER = """
@@ -308,7 +366,7 @@ def whole(output: Path, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts == {f"{number}.txt": tag * 5000 for number in range(8)}
 
 
-def test_two_writers_of_one_folder_leave_one_whole_result(tmp_path, monkeypatch):
+def test_two_writers_of_one_folder_leave_one_whole_result(tmp_path, monkeypatch, fault):
     first, second = writer(tmp_path, "a", "asks"), writer(tmp_path, "b", "asks")
     let_write(first, 4)
     let_write(second, 8)
@@ -319,6 +377,12 @@ def test_two_writers_of_one_folder_leave_one_whole_result(tmp_path, monkeypatch)
     whole(tmp_path, "a", monkeypatch)
     second.communicate(timeout=60)
     assert not list(tmp_path.glob(".rows-*"))
+    fault.record(
+        "notebooks",
+        "two notebooks write one folder",
+        "two processes, file by file",
+        "one whole result; never a mixture",
+    )
 
 
 def test_two_that_put_their_folder_there_at_the_same_moment(output, monkeypatch):
@@ -339,7 +403,7 @@ def test_two_that_put_their_folder_there_at_the_same_moment(output, monkeypatch)
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.013, 0.031, 0.052, 0.077])
-def test_a_kill_while_writing_leaves_a_whole_folder_or_none(tmp_path, monkeypatch, moment):
+def test_a_kill_while_writing_leaves_a_whole_folder_or_none(tmp_path, monkeypatch, moment, fault):
     process = writer(tmp_path, "a", "goes on")
     assert process.stdout.readline() == "written\n"
     time.sleep(moment)
@@ -350,10 +414,16 @@ def test_a_kill_while_writing_leaves_a_whole_folder_or_none(tmp_path, monkeypatc
     except utils.CourseError as error:  # between setting aside and putting in place
         assert "is not there yet. Run notebook 03_dataset first" in str(error)
         assert (tmp_path / "rows-previous" / "made_from.json").is_file()
+    fault.record(
+        "notebooks",
+        "SIGKILL while a folder is written",
+        "at five moments",
+        "the old folder, the new one or none; never a part",
+    )
 
 
 @pytest.mark.parametrize("there_before", [True, False])
-def test_notebook_04_killed_while_it_saves(right, output, monkeypatch, there_before):
+def test_notebook_04_killed_while_it_saves(right, output, monkeypatch, there_before, fault):
     if not there_before:
         (output / "tokens").rename(output / "gone")
     with opened("04_chat_template", output) as learner, pytest.raises(DeadKernelError):
@@ -369,6 +439,12 @@ def test_notebook_04_killed_while_it_saves(right, output, monkeypatch, there_bef
     else:
         with pytest.raises(utils.CourseError, match="Run notebook 04_chat_template first"):
             utils.require(output / "tokens", "04_chat_template", utils.settings())
+    fault.record(
+        "notebooks",
+        "SIGKILL while 04 saves" + (" over an older result" if there_before else ""),
+        "the kernel kills itself between two files",
+        "what was there stays; running 04 again gives the whole",
+    )
 
 
 def test_a_note_is_whole_or_not_there(output, monkeypatch):
@@ -392,10 +468,11 @@ def test_a_note_is_whole_or_not_there(output, monkeypatch):
         utils.require(output / "rows", "03_dataset", course)
 
 
-def test_a_cell_that_fails_while_writing_leaves_what_was_there(output, monkeypatch):
+def test_a_cell_that_fails_while_writing_leaves_what_was_there(output, monkeypatch, fault):
     monkeypatch.setenv("COURSE_OUTPUT", str(output))
     before = files(output)
     with pytest.raises(ZeroDivisionError), utils.remake(output / "rows", utils.settings()) as folder:
         (folder / "train.json").write_text("half")
         1 / 0  # noqa: B018
     assert files(output) == before
+    fault.record("notebooks", "a cell fails while it writes", "an exception between two files", "what was there stays")
