@@ -162,17 +162,21 @@ def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
     facts = {"model": course.model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "made_from.json").write_text(json.dumps(facts), encoding="utf-8")
+    (path / "made_from.part").write_text(json.dumps(facts), encoding="utf-8")
+    (path / "made_from.part").replace(path / "made_from.json")  # whole or not there, whenever the process ends
     return facts
 
 
 def restart(folder: Path) -> None:
-    """Make the folder anew; what an earlier run left in it is kept as `NAME-previous`, in the place of an older one."""
-    if folder.is_dir():
+    """Make the folder anew; what an earlier run left in it is kept as `NAME-previous`, in the place of an older one.
+
+    A folder without a file, as a process that was killed right here leaves it, replaces nothing.
+    """
+    if any(path.is_file() for path in folder.rglob("*")):
         previous = folder.with_name(f"{folder.name}-previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Path:
