@@ -62,15 +62,22 @@ class Course:
     def checkpoints(self):
         return self.out / "lora" / "checkpoints"
 
+    def checkpoints_by_age(self):
+        """The two that are kept, the older one first."""
+        return sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
     def result(self):
         """What training ended with: the adapter's bytes, every loss by step, and the optimiser's state."""
-        last = max(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        last = self.checkpoints_by_age()[-1]
         state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-        losses = {
-            (row["step"], key): row[key] for row in state["log_history"] for key in row if key.endswith("loss")
-        }
+        losses = {(row["step"], key): row[key] for row in state["log_history"] for key in row if key.endswith("loss")}
         adapter = (self.out / "lora" / "adapter" / "adapter_model.safetensors").read_bytes()
-        return last.name, losses, adapter, (last / "optimizer.pt").read_bytes()
+        return {
+            "last": last.name,
+            "losses": losses,
+            "adapter": adapter,
+            "moments": (last / "optimizer.pt").read_bytes(),
+        }
 
 
 @pytest.fixture
@@ -91,10 +98,19 @@ def step(run):
     return int(found[-1]) if found else -1
 
 
+def assert_equal(course, undisturbed):
+    """Adapter and optimiser byte by byte, and every loss; resuming evaluates once more, which adds points."""
+    found, wanted = course.result(), undisturbed.result()
+    assert found["last"] == wanted["last"]
+    assert {key: found["losses"].get(key) for key in wanted["losses"]} == wanted["losses"]
+    assert found["adapter"] == wanted["adapter"]
+    assert found["moments"] == wanted["moments"]
+
+
 def test_two_runs_that_nothing_disturbs_are_equal(undisturbed, course):
     run = course.notebook()
     assert run.end() == 0, run.said
-    assert course.result() == undisturbed.result()
+    assert_equal(course, undisturbed)
 
 
 def assert_clear(run, *said):
@@ -125,16 +141,309 @@ def killed_ten_times(start, last_step, seed):
 
 
 def test_ten_kills_in_one_training(course, undisturbed, fault):
-    last_step = int(undisturbed.result()[0].split("-")[1])
+    last_step = int(undisturbed.result()["last"].split("-")[1])
     resumed = killed_ten_times(course.notebook, last_step, seed=20)
     assert len(set(resumed)) >= 4, resumed  # the kills did spread over the training
     run = course.notebook()
     assert run.end() == 0, run.said
     assert "resuming from" in run.said
-    assert course.result() == undisturbed.result()
+    assert_equal(course, undisturbed)
     fault.record(
         AREA,
         "the kernel is killed ten times in one training",
         "SIGKILL at ten random moments (seeded) of notebook 05's training cell, each run resuming the one before",
         f"the cell resumes each time; {EQUAL}",
+    )
+
+
+#: Planted before training: the file (or the deletion) whose path ends so is left half done, and said.
+HALF_DONE = """
+import io, pathlib, shutil, time
+import peft.peft_model, torch
+from transformers.trainer_callback import TrainerState
+
+def half_done(name, where):
+    real = getattr(where, name)
+    def patched(*args, **kwargs):
+        path = next((str(a) for a in args if str(a).endswith(HALF)), None)
+        real(*args, **kwargs)
+        if path:
+            data = pathlib.Path(path).read_bytes()
+            pathlib.Path(path).write_bytes(data[: len(data) // 2])
+            print("@half", flush=True)
+            time.sleep(60)
+    setattr(where, name, patched)
+
+half_done("save", torch)
+half_done("safe_save_file", peft.peft_model)
+half_done("save_to_json", TrainerState)
+real_rmtree = shutil.rmtree
+def rmtree(path, *args, **kwargs):
+    if str(path).endswith(HALF):
+        for file in sorted(pathlib.Path(path).iterdir())[::2]:
+            file.unlink()
+        print("@half", flush=True)
+        time.sleep(60)
+    real_rmtree(path, *args, **kwargs)
+shutil.rmtree = rmtree
+"""
+
+
+def test_kills_while_a_checkpoint_is_written(course, undisturbed, fault):
+    moments = {
+        "checkpoint-3/adapter_model.safetensors": "resuming from nothing",
+        "checkpoint-6/optimizer.pt": "resuming from nothing",
+        "checkpoint-9/trainer_state.json": "resuming from .*checkpoint-3\n",
+        "checkpoints/checkpoint-3": "resuming from .*checkpoint-6\n",  # the oldest is on its way out
+        "lora/adapter/adapter_model.safetensors": "resuming from .*checkpoint-9\n",  # all is trained; section 14 saves
+    }
+    for name, resumed in moments.items():
+        run = course.notebook(before_training=f"HALF = {name!r}\n{HALF_DONE}")
+        assert run.wait_for(lambda run=run: "@half" in run.said), run.said
+        run.kill()
+        assert re.search(resumed, run.said), (name, run.said)
+        last = name
+    assert last.startswith("lora/adapter")
+    run = course.notebook()
+    assert run.end() == 0, run.said
+    assert_equal(course, undisturbed)
+    fault.record(
+        AREA,
+        "the kernel is killed while it saves",
+        "SIGKILL with half of the adapter, the optimiser, the state written, half of an old checkpoint deleted, and "
+        "half of the final adapter written",
+        f"the torn checkpoint is named and deleted, the cell resumes from the one before; {EQUAL}",
+    )
+
+
+@pytest.mark.parametrize("how", ["gone", "half", "empty"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_torn_checkpoint_is_never_resumed_from(undisturbed, tmp_path, capsys, name, how):
+    whole, torn = undisturbed.checkpoints_by_age()
+    for path in (whole, torn):
+        shutil.copytree(path, tmp_path / path.name)
+    file = tmp_path / torn.name / name
+    data = file.read_bytes()
+    file.unlink()
+    if how != "gone":
+        file.write_bytes(data[: len(data) // 2] if how == "half" else b"")
+    if (name, how) == ("adapter_model.safetensors", "gone"):  # nothing tells this from a checkpoint of pickles
+        with pytest.raises(utils.CourseError, match=f"{torn.name}: no \\*.safetensors there"):
+            runs.newest_checkpoint(tmp_path)
+        return
+    assert runs.newest_checkpoint(tmp_path) == str(tmp_path / whole.name)
+    assert capsys.readouterr().out == f"{torn.name} was not written to its end; it is deleted\n"
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
+
+
+def test_a_pickle_in_a_checkpoint_is_not_loaded(course, undisturbed, fault):
+    shutil.copytree(undisturbed.out / "lora", course.out / "lora")
+    (course.out / "lora" / "made_from.json").unlink()
+    _, newest = course.checkpoints_by_age()
+    (newest / "adapter_model.safetensors").rename(newest / "adapter_model.bin")
+    run = course.notebook()
+    assert run.end() == 1
+    assert_clear(run, rf"{newest.name}: no \*\.safetensors there\. The course loads no other kind of weights\.")
+    fault.record(
+        "security",
+        "a checkpoint with adapter_model.bin",
+        "a pickle in the place of the adapter, in the checkpoint that training would resume from",
+        "refused by name before anything is loaded",
+    )
+
+
+def test_a_kill_between_setting_aside_and_beginning_costs_no_finished_run(tmp_path):
+    folder = tmp_path / "lora"
+    utils.restart(folder)
+    (folder / "adapter").write_text("good")
+    utils.restart(folder)  # killed right here: nothing is written yet
+    utils.restart(folder)
+    assert (tmp_path / "lora-previous" / "adapter").read_text() == "good"
+
+
+# ------------------------------------------------------------------------------------------------ full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of a few bytes; fills it up to what is to stay free."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+FILL = """
+def fill(place, left):
+    with open(place + "/of-another-program", "wb") as file:
+        file.write(bytes(shutil.disk_usage(place).free - left))
+"""
+
+
+@pytest.mark.parametrize("part", ["adapter", "optimiser"])
+def test_a_disk_that_fills_up_while_training(prepared, small_disk, undisturbed, fault, part):
+    course = Course(prepared, small_disk / "course")
+    left = {"adapter": 10, "optimiser": 14}[part] * 2**20  # room for one checkpoint of nine MiB and a part of the next
+    run = course.notebook(before_training=f"{FILL}fill({str(small_disk)!r}, {left})\n")
+    assert run.end() == 1
+    said = assert_clear(run, "The disk is full: free some of it. Stopped at step 6 of 18", KEPT)
+    assert KEPT.search(said)[1] == "3"
+    assert "checkpoint-6 was not written to its end; it is deleted" in run.said
+    (small_disk / "of-another-program").unlink()
+    run = course.notebook()
+    assert run.end() == 0, run.said
+    assert "checkpoint-3" in re.search("resuming from (.*)", run.said)[1]
+    assert_equal(course, undisturbed)
+    fault.record(
+        AREA,
+        f"disk full while the {part} of a checkpoint is written",
+        "a small tmpfs; another program fills it after the check",
+        f"one message with the mend; the last whole checkpoint is kept; with room again the cell resumes; {EQUAL}",
+    )
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_said_before_training(prepared, small_disk, fault):
+    course = Course(prepared, small_disk / "course")
+    (small_disk / "of-another-program").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20 * 2**20))
+    run = course.notebook()
+    assert run.end() == 1
+    assert_clear(run, r"0\.03 GiB for checkpoints, 0\.02 GiB free\. Free some, or set COURSE_OUTPUT to another disk\.")
+    assert step(run) == -1
+    fault.record(
+        AREA,
+        "disk too small for the checkpoints",
+        "a tmpfs with room for two of three",
+        "said before training, with the mend",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ interrupts
+
+
+def assert_usable(checkpoint):
+    """The checkpoint's adapter loads, and it has learned something."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, utils.whole(checkpoint))
+    assert all(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_the_kernels_interrupt_leaves_an_adapter_and_the_cell_goes_on(course, undisturbed, fault):
+    """In a real kernel, as the button does it; then the training cell alone once more in the same kernel."""
+    from jupyter_client.manager import start_new_kernel
+
+    sent = []
+    manager, client = start_new_kernel(
+        cwd=str(ROOT / "notebooks" / "en"), env={**os.environ, **course.environment}, extra_arguments=["--log-level=40"]
+    )
+
+    def execute(source, interrupt_at=None):
+        def hear(message):
+            content = message["content"]
+            sent.append(content.get("text") or "\n".join(content.get("traceback", [])))
+            if interrupt_at is not None and f"@step {interrupt_at}" in sent[-1]:
+                manager.interrupt_kernel()
+
+        return client.execute_interactive(source, output_hook=hear, timeout=300)["content"]
+
+    try:
+        sources = cells()
+        (number,) = [i for i, source in enumerate(sources) if "trainer.train(" in source]
+        for source in sources[:number]:
+            assert execute(source)["status"] == "ok", sent
+        stopped = execute(sources[number], interrupt_at=7)
+        assert stopped["ename"] == "CourseError"
+        assert "Traceback" not in "".join(sent)
+        assert stopped["evalue"].startswith("Stopped at step 8 of 18. ")
+        assert KEPT.search(stopped["evalue"])[1] == "8"
+        assert_usable(course.checkpoints / "checkpoint-8")
+        for source in sources[number:]:
+            assert execute(source)["status"] == "ok", sent
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert_same_adapter(course, undisturbed)
+    fault.record(
+        AREA,
+        "the kernel is interrupted",
+        "the interrupt of Jupyter while a step is computed, in a real kernel",
+        "the step is finished and a checkpoint written, whose adapter loads; one message, no stack trace; the cell run "
+        "again in the same kernel goes on; the final adapter equals the uninterrupted run's, bit by bit",
+    )
+
+
+def assert_same_adapter(course, undisturbed):
+    """The adapter alone: a loss that is logged at step 9 covers fewer steps after a stop at step 8."""
+    found, wanted = course.result(), undisturbed.result()
+    assert (found["last"], found["adapter"], found["moments"]) == (wanted["last"], wanted["adapter"], wanted["moments"])
+
+
+def test_a_second_interrupt_ends_it_at_once(course, fault):
+    run = course.notebook(before_training=SLOW)
+    assert run.wait_for(lambda: "@slow" in run.said), run.said
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert run.process.is_alive()
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.end(20) == 1
+    said = assert_clear(run, "Stopped at step 4 of 18", KEPT)
+    assert KEPT.search(said)[1] == "3"
+    fault.record(
+        AREA,
+        "the kernel is interrupted twice",
+        "a second interrupt while the step of the first still computes",
+        "it ends at once with one message; the last checkpoint is kept",
+        lost="the steps since that checkpoint, which are computed again",
+    )
+
+
+SLOW = """
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            print("@slow", flush=True)
+            for _ in range(600):
+                time.sleep(0.1)
+trainer.add_callback(Slow())
+"""
+
+
+# ------------------------------------------------------------------------------------------------- train.py
+
+STEPS = """
+from transformers.trainer_callback import DefaultFlowCallback
+DefaultFlowCallback.on_step_begin = lambda self, args, state, *_, **__: print("@step", state.global_step, flush=True)
+"""
+
+
+def test_train_py_killed_ten_times_and_interrupted(prepared, tmp_path, fault):
+    undisturbed, course = (Course(prepared, tmp_path / name) for name in ("one", "two"))
+    run = undisturbed.script()
+    assert run.end() == 0, run.said
+    resumed = killed_ten_times(lambda: course.script(before=STEPS), last_step=16, seed=21)
+    assert len(set(resumed)) >= 4, resumed
+    run = course.script(before=STEPS)
+    assert run.wait_for(lambda: step(run) >= 16), run.said
+    run.kill(signal.SIGINT)
+    assert run.process.exitcode == 1, run.said
+    number = KEPT.search(assert_clear(run, r"Stopped at step \d+ of 18\. ", KEPT))[1]
+    assert_usable(course.checkpoints / f"checkpoint-{number}")
+    run = course.script()
+    assert run.end() == 0, run.said
+    assert f"checkpoint-{number}" in re.search("resuming from (.*)", run.said)[1]
+    assert_same_adapter(course, undisturbed)
+    fault.record(
+        AREA,
+        "train.py is killed ten times in one training, then interrupted",
+        "SIGKILL at ten random moments (seeded), then Ctrl-C",
+        "it resumes each time; Ctrl-C ends in one message, after a checkpoint whose adapter loads; the final adapter "
+        "equals the uninterrupted run's, bit by bit",
     )

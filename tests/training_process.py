@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 #: The cells that train, of all that teach: settings, model, adapter, arguments, SwanLab, trainer, training, saving.
 CELLS = "05-01 05-08 05-18 05-20 05-25 05-40 05-43 05-44 05-47 05-48 05-50 05-50b 05-52 05-53 05-60 05-64".split()
-#: A short run: ten steps an epoch on the rows of the test, checkpoints and losses close together.
+#: A short run: 18 steps on the 40 rows of the test, checkpoints and losses close together.
 SHORT = [
     ("per_device_train_batch_size=16 if small", "per_device_train_batch_size=4 if small"),
-    ("max(3, -(-60 // steps_an_epoch))", "4"),
+    ("max(3, -(-60 // steps_an_epoch))", "2"),
     ("logging_steps=10", "logging_steps=3"),
     ("eval_steps=50", "eval_steps=9"),
     ("save_steps=50", "save_steps=3"),
