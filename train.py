@@ -184,7 +184,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
         warmup_steps=0.05,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_backend="gloo" if full_size.ranks() > 1 and not torch.cuda.is_available() else None,
         activation_checkpointing=checkpointing,
         logging_steps=10,
         logging_nan_inf_filter=False,

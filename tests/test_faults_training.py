@@ -3,6 +3,7 @@
 Whatever happens, running the same again has to end with the very numbers of a run that nothing disturbed.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -10,10 +11,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from test_training import run_notebook
@@ -446,4 +449,185 @@ def test_train_py_killed_ten_times_and_interrupted(prepared, tmp_path, fault):
         "SIGKILL at ten random moments (seeded), then Ctrl-C",
         "it resumes each time; Ctrl-C ends in one message, after a checkpoint whose adapter loads; the final adapter "
         "equals the uninterrupted run's, bit by bit",
+    )
+
+
+# -------------------------------------------------------------------------------------------------- SwanLab
+
+KEY = "a-made-up-key-of-nobody"
+
+
+class Cloud:
+    """SwanLab's cloud as far as a run needs it, on 127.0.0.1; `how` says what it does instead of answering well."""
+
+    def __init__(self, how="well"):
+        self.how, self.asked, self.over = how, [], threading.Event()
+        cloud = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                cloud.asked.append((self.path, body))
+                if cloud.how == "silent":
+                    cloud.over.wait()
+                    self.close_connection = True
+                    return
+                status, found = cloud.found(self.path, self.command, self.headers.get("authorization"))
+                data = json.dumps(found).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        for verb in ("GET", "POST", "PUT", "PATCH"):
+            setattr(Handler, f"do_{verb}", Handler.answer)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.host = f"http://127.0.0.1:{self.server.server_port}"
+
+    def found(self, path, command, key):
+        if self.how == "500":
+            return 500, {"code": "500", "message": "internal"}
+        if path.endswith("/login/api_key"):
+            if key != KEY:
+                return 401, {"code": "401", "message": "unauthorized"}
+            return 200, {"sid": "s", "expiredAt": "2099-01-01T00:00:00.000Z", "userInfo": {"username": "u"}}
+        if path.endswith("/experiment"):
+            return 201, {"cuid": "e", "slug": "e", "name": "n", "createdAt": "2026-01-01T00:00:00.000Z"}
+        if command == "GET":
+            count = {"experiments": 0, "contributors": 0, "collaborators": 0, "clones": 0}
+            who = {"cuid": "c", "name": "p", "path": "/u/p", "visibility": "PRIVATE"}
+            return 200, {**who, "group": {"username": "u"}, "_count": count}
+        return 200, {}
+
+    def points(self, name):
+        """What has been uploaded under a name, as step to value."""
+        sent = [json.loads(body)["metrics"] for path, body in self.asked if path.endswith("/house/metrics")]
+        return {one["index"]: one["data"] for metrics in sent for one in metrics if one.get("key") == name}
+
+    def close(self):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@contextmanager
+def swanlab_cloud(how):
+    """The cloud's address and key, for the environment."""
+    if how in ("refused", "unknown"):
+        host = "http://127.0.0.1:9" if how == "refused" else "http://cloud.invalid"
+        yield {"SWANLAB_API_HOST": host, "SWANLAB_API_KEY": KEY}
+        return
+    cloud = Cloud(how)
+    key = {"wrong key": {"SWANLAB_API_KEY": "another"}, "no key": {}}.get(how, {"SWANLAB_API_KEY": KEY})
+    yield {"SWANLAB_API_HOST": cloud.host, **key}
+    cloud.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "injected", "said"),
+    [
+        ("silent", "a cloud on 127.0.0.1 that accepts and never answers", "does not answer"),
+        ("refused", "a port nobody listens on", "does not answer"),
+        ("unknown", "a name that resolves to nothing", "does not answer"),
+        ("500", "a cloud on 127.0.0.1 that answers HTTP 500", "is in trouble (HTTP 500)"),
+        ("wrong key", "a cloud on 127.0.0.1 that answers 401", "asks for a valid SWANLAB_API_KEY"),
+        ("no key", "a cloud on 127.0.0.1, no SWANLAB_API_KEY, nobody to ask", "asks for a valid SWANLAB_API_KEY"),
+    ],
+)
+def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(
+    cell, monkeypatch, capsys, tmp_path, fault, how, injected, said
+):
+    from swanlab.integration.transformers import SwanLabCallback  # noqa: F401  importing is not waiting
+
+    import train
+
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    course = dataclasses.replace(utils.settings(), swanlab_mode="online", output=tmp_path)
+    with swanlab_cloud(how) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        begun = time.monotonic()
+        names = {"course": course, "runs": runs, "os": os}
+        exec(cell("05_lora_training", "runs.cloud_trouble()"), names)
+        assert time.monotonic() - begun < 5
+        begun = time.monotonic()
+        (callback,) = train.swanlab_callback(course, {})
+        assert time.monotonic() - begun < 5
+    assert names["mode"] == callback._init_kwargs["mode"] == "local"
+    line = f"The SwanLab cloud {said}; recording locally, to be uploaded later.\n"
+    assert capsys.readouterr().out == f"{line}SwanLab mode: local\n{line}"
+    fault.record(
+        AREA,
+        f"SwanLab: {how}",
+        injected,
+        "noticed in less than five seconds, in notebook 05 and train.py; the run is recorded locally",
+    )
+
+
+def test_a_cloud_that_answers_well_is_used(cell, monkeypatch, capsys):
+    course = dataclasses.replace(utils.settings(), swanlab_mode="cloud")
+    with swanlab_cloud("well") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        exec(cell("05_lora_training", "runs.cloud_trouble()"), {"course": course, "runs": runs, "os": os})
+    assert capsys.readouterr().out == "SwanLab mode: online\n"
+
+
+def test_what_a_silent_cloud_missed_is_uploaded_later(prepared, tmp_path, undisturbed, fault):
+    with swanlab_cloud("silent") as environment:
+        course = Course(prepared, tmp_path / "course", **environment, SWANLAB_MODE="online", HOME=str(tmp_path))
+        run = course.notebook()
+        assert run.end() == 0, run.said
+    assert "The SwanLab cloud does not answer; recording locally" in run.said
+    assert_equal(course, undisturbed)
+    losses = {number: loss for (number, key), loss in undisturbed.result()["losses"].items() if key == "loss"}
+    assert utils.recorded(course.out / "swanlab", "train/loss") == pytest.approx(losses)
+    (record,) = (course.out / "swanlab").glob("run-*")
+    cloud = Cloud()
+    subprocess.run(
+        [Path(sys.executable).with_name("swanlab"), "sync", str(record)],
+        env={**os.environ, "SWANLAB_API_HOST": cloud.host, "SWANLAB_API_KEY": KEY, "HOME": str(tmp_path)},
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    cloud.close()
+    assert cloud.points("train/loss") == pytest.approx(losses)
+    fault.record(
+        AREA,
+        "SwanLab: silent during a whole training",
+        "a cloud on 127.0.0.1 that accepts and never answers; later one that answers",
+        f"{EQUAL}; every loss is in the local record, and `swanlab sync` uploads it later",
+    )
+
+
+def test_a_log_folder_that_cannot_be_written(prepared, tmp_path, fault):
+    course = Course(prepared, tmp_path / "course", SWANLAB_MODE="local")
+    folder = course.out / "swanlab"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        run = course.notebook()
+        assert run.end() == 0, run.said
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    told = re.search(r"swanlab cannot be written \(Read-only file system\); SwanLab records in (.*)", run.said)
+    other = Path(told[1])
+    assert len(utils.recorded(other, "train/loss")) == 6
+    shutil.rmtree(other)
+    fault.record(
+        AREA,
+        "SwanLab: the log folder cannot be written",
+        "output/swanlab is a tmpfs mounted read-only",
+        "said; training goes on, and the record is kept in a temporary folder that is named",
     )
