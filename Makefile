@@ -23,7 +23,7 @@ run: setup
 	@$(BIN)/python tests/run_series.py
 
 lab: setup
-	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks/en/01_environment.ipynb
+	@PYTHONSTARTUP=$(CURDIR)/startup.py $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/en/01_environment.ipynb
 
 dashboard: setup
 	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)

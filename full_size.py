@@ -10,7 +10,6 @@ Everything here computes the same function as the textbook way; tests/test_full_
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -37,7 +36,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from utils import CourseError, shown
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only speeds up a processor
 EXPERTS = ("gate_up_proj", "down_proj")
 GROUPS = {
     "attention": "self_attn",

@@ -208,6 +208,7 @@ class Plan:
 
 #: Seconds of a processor to launch the kernels of one layer, forward and backward: (bits, checkpointing). Measured.
 LAUNCH = {(16, True): 0.0215, (16, False): 0.0115, (4, True): 0.0310, (4, False): 0.0200}
+LAUNCH_TEXTBOOK = 0.0430  # with peft's full-size update of the experts
 MATRIX_SHARE, COPY_SHARE = 0.35, 0.53  # of the measured rates of a card that a step reaches; fitted
 
 
@@ -263,7 +264,15 @@ def memory(
 
 
 def seconds(
-    config: Any, bits: int, tokens: float, checkpointing: bool, card: Card, gpus: int, processes: int, passes: int
+    config: Any,
+    bits: int,
+    tokens: float,
+    checkpointing: bool,
+    card: Card,
+    gpus: int,
+    processes: int,
+    passes: int,
+    recipe: str = "ours",
 ) -> float:
     """Seconds of one step; `tokens` is what one pass reads on one device."""
     active, count = active_parameters(config), parameters(config)
@@ -273,7 +282,11 @@ def seconds(
     if bits == 4:
         moved += (reads - 1) * (2 + NF4_BYTES) * (count["routed"] + count["linear"])
     work = compute + moved / (card.copies * 1e12 * COPY_SHARE)
-    launch = LAUNCH[bits, checkpointing] * config.num_hidden_layers if gpus else 0.0
+    launch = (
+        (LAUNCH[bits, checkpointing] if recipe == "ours" else LAUNCH_TEXTBOOK) * config.num_hidden_layers
+        if gpus
+        else 0.0
+    )
     gather = 0.0
     if processes > 1 and bits == 16:
         gather = 2 * 2 * sum(count.values()) * (processes - 1) / processes / (card.link * 1e12)
@@ -294,11 +307,13 @@ def plan(
     checkpointing: bool = True,
     machine: Machine | None = None,
     processes: int = 1,
+    recipe: str = "ours",
     advise: bool = True,
 ) -> Plan:
     """The whole plan of one arrangement; the defaults are the role-play set of `benchmarks/lengths.json`.
 
     Args:
+        recipe: `ours`, or `textbook`: padded batches, all logits, peft's full-size update of the experts.
         processes: how many `torchrun` starts; with 16 bits each keeps a share of every layer, with 4 bits all of it.
         advise: look for the nearest arrangement that fits when this one does not.
     """
@@ -306,11 +321,11 @@ def plan(
     trained = adapter_parameters(config, rank, groups)
     total = sum(trained.values())
     tokens = samples * tokens_a_sample / passes / processes
-    labels = tokens * label_share
+    labels = tokens * (label_share if recipe == "ours" else 1)
     routed = "routed experts" in groups
-    gpu = memory(config, total, bits, tokens, labels, checkpointing, machine.gpus, processes, routed=routed)
+    gpu = memory(config, total, bits, tokens, labels, checkpointing, machine.gpus, processes, recipe, routed)
     card = CARDS.get(machine.card, CARDS["A100"] if machine.gpus else CPU)
-    step = seconds(config, bits, tokens, checkpointing, card, machine.gpus, processes, passes)
+    step = seconds(config, bits, tokens, checkpointing, card, machine.gpus, processes, passes, recipe)
     made = Plan(
         machine=machine,
         bits=bits,

@@ -22,6 +22,7 @@ import sqlite3
 import sys
 import threading
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -30,17 +31,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: F401 (notebook 03 uses the last one)
+
 # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
 # slowed each other tenfold (8.4 s instead of 0.8 s a step). Read when torch is imported, so it stands before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
+# Imported by peft and transformers, it asks for a package that a processor can do without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 ROOT = Path(__file__).resolve().parent
 BUNDLED = ROOT / "models" / "glm4-moe-mini"
-FIELDS = ("instruction", "input", "output")
-LONGEST_FIELD = 20_000
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
-#: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
-BREAK = "\ufdd0"
 #: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
 NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
 BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
@@ -51,6 +53,22 @@ class CourseError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [f"CourseError: {self}"]
+
+
+def _name_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset: int | None = None) -> list[str] | None:
+    """In the place of a stack trace: a name that no cell has made yet, in a cell or in a function of one."""
+    last = trace
+    while last.tb_next:
+        last = last.tb_next
+    if kind is not NameError or last.tb_frame.f_globals is not shell.user_ns:
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+    mend = "A cell above makes it: Run > Run All Above Selected Cell, then this one (unless it is misspelt)."
+    shell._showtraceback(kind, error, [f"NameError in line {last.tb_lineno}: {error}. {mend}"])
+    return None
+
+
+if shell := getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)():
+    shell.set_custom_exc((NameError,), _name_error)
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -158,25 +176,56 @@ def whole(folder: Path) -> Path:
     return folder
 
 
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, never a part, even after a kill."""
+    part = path.with_name(f".{path.name}-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
     facts = {"model": course.model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "made_from.part").write_text(json.dumps(facts), encoding="utf-8")
-    (path / "made_from.part").replace(path / "made_from.json")  # whole or not there, whenever the process ends
+    _write_whole(path / "made_from.json", json.dumps(facts))
     return facts
 
 
 def restart(folder: Path) -> None:
     """Make the folder anew; what an earlier run left in it is kept as `NAME-previous`, in the place of an older one.
 
-    A folder without a file, as a process that was killed right here leaves it, replaces nothing.
+    A folder without a file, as a process that was killed right here leaves it, takes no finished run's place.
     """
     if any(path.is_file() for path in folder.rglob("*")):
         previous = folder.with_name(f"{folder.name}-previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+@contextmanager
+def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
+    """A new folder to write into; only when the block ends well is it stamped and takes the place of `folder`.
+
+    A cell that fails or is killed half-way, or another notebook that writes the same, so leaves nothing half done.
+
+    Raises:
+        CourseError: another notebook put its folder there at the same moment.
+    """
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        stamp(new, course, **made_with)
+        try:
+            restart(folder)
+            new.replace(folder)
+        except OSError:
+            raise CourseError(f"Another notebook writes {shown(folder)} just now. Run this cell again.") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Path:
@@ -185,10 +234,11 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
     Raises:
         CourseError: it is missing, or was made from another model, other data, or with other settings.
     """
-    note = path / "made_from.json"
-    if not note.is_file():
-        raise CourseError(f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again.")
-    facts = json.loads(note.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        missing = f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again."
+        raise CourseError(missing) from None
     if not course.data.is_file():
         raise CourseError(f"{shown(course.data)}: no such file. Check COURSE_DATA.")
     if facts["data"] != hashlib.sha256(course.data.read_bytes()).hexdigest():
@@ -206,32 +256,11 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def row_problems(row: Any) -> list[str]:
-    """What is wrong with one row, each with its mend; empty for a good row."""
-    if not isinstance(row, dict):
-        return [f"is {type(row).__name__}, not an object: write {{'instruction': ..., 'input': ..., 'output': ...}}"]
-    problems = []
-    for name in FIELDS:
-        if name not in row:
-            problems.append(f"has no field '{name}': add it" + (" (it may be empty)" if name == "input" else ""))
-        elif not isinstance(row[name], str):
-            problems.append(f"'{name}' is {type(row[name]).__name__}, not text: put it in double quotes")
-        elif name != "input" and not row[name].strip():
-            problems.append(f"'{name}' is empty: write it, or delete the row")
-        elif len(row[name]) > LONGEST_FIELD:
-            problems.append(
-                f"'{name}' has {len(row[name]):,} characters, {LONGEST_FIELD:,} at most: shorten or split it"
-            )
-        elif BREAK in row[name]:
-            problems.append(f"'{name}' holds the character U+FDD0, which stands for no text: delete it")
-    return problems
-
-
 def load_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a data file, every one checked.
 
     Returns:
-        A list of objects with the three `FIELDS`, all text; further fields are dropped.
+        A list of objects with the three `FIELDS`, all text; further fields are dropped, and a line says so.
 
     Raises:
         CourseError: no file, not UTF-8, not JSON, not a list, or bad rows. One message names the file, each bad row
@@ -239,22 +268,17 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     """
     name = shown(path)
     if not path.is_file():
-        raise CourseError(f"{name}: no such file. Check COURSE_DATA; the default is dataset/huanhuan.json.")
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise CourseError(f"{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CourseError(f"{name}: not UTF-8 (byte {error.start}). Save the file again with encoding UTF-8.") from None
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = (
-            "This looks like JSON Lines: put [ before, ] after, and commas between the rows."
-            if (error.msg == "Extra data" and text.lstrip().startswith("{"))
-            else "Often a missing comma, bracket or double quote."
-        )
-        raise CourseError(
-            f"{name}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}). {hint}"
-        ) from None
+        raw = path.read_bytes()
+        rows = parse(raw)
+    except OSError as error:
+        raise CourseError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
+    except ValueError as error:
+        raise CourseError(f"{name}: {error}") from None
+    if raw.startswith(b"\xef\xbb\xbf"):
+        print(f"{name}: begins with a byte order mark, which is skipped.")
     if not isinstance(rows, list) or not rows:
         kind = "an empty list" if rows == [] else f"one {type(rows).__name__}"
         raise CourseError(f"{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ].")
@@ -262,14 +286,15 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     if bad:
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise CourseError(f"{name}: {len(bad)} problems, nothing was trained.\n  " + "\n  ".join(bad[:10]) + more)
+    for key, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
+        print(f"{name}: {key[:30]!r} is not used (in {count} of {len(rows)} rows); only {', '.join(FIELDS)} are.")
     return [{key: row[key] for key in FIELDS} for row in rows]
 
 
 def as_text(tokenizer: Any, text: str) -> str:
     """The text with every special token's spelling broken up by `BREAK`, so that `encode` keeps it plain text."""
-    spellings = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, spellings))
-    return re.sub(pattern, lambda found: found[0][0] + BREAK + found[0][1:], text)
+    begins = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    return re.sub(f"(?={begins}).", rf"\g<0>{BREAK}", text)  # looks ahead, so it also finds spellings that overlap
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -355,7 +380,7 @@ def report(course: Settings, **figures: Any) -> None:
     path = course.output / "report.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(old | figures, ensure_ascii=False, indent=1), encoding="utf-8")
+    _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
 
 # ------------------------------------------------------------------------------------- tables and pictures

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +27,21 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import utils
+
+# isort: split
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import full_size
+import planner
 from checkpoint import AIR, write
 
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
@@ -73,6 +85,12 @@ def randomise(model: torch.nn.Module) -> None:
                 local.normal_(0, 0.02)
 
 
+def synchronise() -> None:
+    """Wait until the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Clock(TrainerCallback):
     """Seconds of each step, everything on the device finished."""
 
@@ -81,26 +99,41 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start when all earlier work is done."""
-        torch.cuda.synchronize()
+        synchronise()
         self.began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop when this step's work is done."""
-        torch.cuda.synchronize()
+        synchronise()
         self.seconds.append(time.perf_counter() - self.began)
 
 
 def matrix_rate() -> float:
-    """FLOP/s of one GPU on a product of two 8192 x 8192 bf16 matrices of random numbers."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    """FLOP/s of one GPU on a product of two large bf16 matrices of random numbers (a processor: small, float32)."""
+    gpu = torch.cuda.is_available()
+    size, kind = (8192, torch.bfloat16) if gpu else (512, torch.float32)
+    a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=kind) for _ in range(2))
     for _ in range(3):
         a @ b
-    torch.cuda.synchronize()
+    synchronise()
     began = time.perf_counter()
     for _ in range(20):
         a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - began)
+    synchronise()
+    return 20 * 2 * size**3 / (time.perf_counter() - began)
+
+
+def peaks() -> list[tuple[float, float]]:
+    """GiB reserved and in use at most, for each GPU that this run uses; of the process where there is none."""
+    if not torch.cuda.is_available():
+        return [(utils.peak_memory_gib(), utils.peak_memory_gib())]
+    mine = range(torch.cuda.device_count()) if full_size.ranks() == 1 else [torch.cuda.current_device()]
+    found = [(torch.cuda.max_memory_reserved(i) / 2**30, torch.cuda.max_memory_allocated(i) / 2**30) for i in mine]
+    if full_size.ranks() > 1:
+        gathered: list[Any] = [None] * full_size.ranks()
+        torch.distributed.all_gather_object(gathered, found[0])
+        found = gathered
+    return [pair for pair in found if pair[0] > 0.1]
 
 
 def measure(
@@ -128,6 +161,8 @@ def measure(
         learning_rate=1e-4,
         activation_checkpointing=checkpointing,
         bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if full_size.ranks() > 1 and not torch.cuda.is_available() else None,
         remove_unused_columns=False,
         save_strategy="no",
         logging_steps=1,
@@ -151,8 +186,7 @@ def measure(
         trainer.train()
     seconds = statistics.median(clock.seconds[2:])
     tokens = sum(len(row["input_ids"]) for row in data) / (steps + 2)
-    peak = [torch.cuda.max_memory_reserved(i) / 2**30 for i in range(torch.cuda.device_count())]
-    used = [torch.cuda.max_memory_allocated(i) / 2**30 for i in range(torch.cuda.device_count())]
+    found = peaks()
     return {
         "samples": samples,
         "passes": passes,
@@ -160,8 +194,8 @@ def measure(
         "step_seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "samples_per_second": round(samples / seconds, 2),
-        "peak_gib": [round(x, 1) for x in peak],
-        "allocated_gib": [round(x, 1) for x in used],
+        "peak_gib": [round(reserved, 1) for reserved, _ in found],
+        "allocated_gib": [round(used, 1) for _, used in found],
         "loss": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
     }
 
@@ -219,86 +253,169 @@ class Watch:
         self.thread.join()
 
 
+def configuration(options: argparse.Namespace) -> Any:
+    """GLM-4.5-Air with as many layers as asked for; `--tiny`: the bundled model's."""
+    config = AutoConfig.from_pretrained(utils.BUNDLED) if options.tiny else deepcopy(AIR)
+    config.num_hidden_layers = options.layers or config.num_hidden_layers
+    return config
+
+
 def worker(options: argparse.Namespace) -> None:
     """Load the model once and time one recipe at one or more numbers of samples; rank 0 appends to the file."""
-    config = deepcopy(AIR)
-    config.num_hidden_layers = options.layers
-    textbook = options.worker == "textbook"
-    rank = int(os.environ.get("RANK", "0"))
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    folder = Path(tempfile.mkdtemp())
-    total = write(folder, config, shards=max(1, options.layers * 47 // 46))
-    began = time.perf_counter()
-    with Watch() as watch:
+    config = configuration(options)
+    textbook, rank, gpu = options.worker == "textbook", int(os.environ.get("RANK", "0")), torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+        total = write(Path(folder), config, shards=max(1, config.num_hidden_layers * 47 // 46))
+        began = time.perf_counter()
         model = full_size.load_model(
-            folder,
+            Path(folder),
             bits=options.bits,
             attention="sdpa" if textbook else "packed",
             experts="grouped_mm" if textbook and options.bits == 16 else "grouped_lora",
         )
+        seconds = time.perf_counter() - began
     loading = {
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "read_gib": round(total / 2**30, 1),
         "host_gib": round(watch.most, 1),
-        "weights_gib": round(torch.cuda.memory_allocated() / 2**30, 1),
+        "weights_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if gpu else None,
     }
     randomise(model)
     groups = tuple(full_size.GROUPS) if options.groups == "all" else ("attention",)
     grouped = options.bits == 4 or not textbook
     model = full_size.attach(model, full_size.lora_config(options.rank, groups), grouped=grouped)
-    if rank == 0:
-        print(json.dumps({"loading": loading, "adapter": full_size.attached(model)}), flush=True)
     rate = matrix_rate()
-    limit = full_size.ranks() * rate / FLOP_A_TOKEN if not textbook else torch.cuda.device_count() * rate / FLOP_A_TOKEN
+    devices = full_size.ranks() if not textbook else max(1, torch.cuda.device_count())
     jobs = [(textbook, job) for job in options.samples.split(",")]
     if options.bits == 4 and not textbook:
         jobs.append((True, "16/4"))  # peft cannot adapt 4-bit experts: the textbook's batches, on our experts
+    facts = {"bits": options.bits, "layers": config.num_hidden_layers, "groups": options.groups, "rank": options.rank}
+    facts |= {"gpu": torch.cuda.get_device_name(0) if gpu else "CPU", "gpus": devices, "loading": loading}
+    facts |= {"torch": torch.__version__, "matrix_tflops": round(rate / 1e12, 1)}
+
+    def note(result: dict[str, Any]) -> None:
+        if rank == 0:
+            print(json.dumps(result), flush=True)
+            with Path(options.out).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
     for padded, job in jobs:
         checkpointing = not job.endswith("n")
         samples, _, passes = job.removesuffix("n").partition("/")
         recipe = "textbook" if textbook else "textbook batches" if padded else "ours"
-        result = {"recipe": recipe, "bits": options.bits, "layers": options.layers, "groups": options.groups}
+        result: dict[str, Any] = {"recipe": recipe} | facts
         model.get_base_model().set_attn_implementation("sdpa" if padded else "packed")
         try:
             result |= measure(
                 model, int(samples), int(passes or 1), options.steps, not padded, checkpointing, options.profile
             )
-            if options.layers == AIR.num_hidden_layers:
-                result["share_of_limit"] = round(result["tokens_per_second"] / limit, 3)
+            if config.num_hidden_layers == AIR.num_hidden_layers:
+                result["share_of_limit"] = round(result["tokens_per_second"] * FLOP_A_TOKEN / devices / rate, 3)
         except torch.OutOfMemoryError as error:
+            if full_size.ranks() > 1:
+                raise  # the other processes wait for this one
             result |= {"samples": int(samples), "failed": str(error).splitlines()[0][:120]}
-        result |= {"gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count(), "loading": loading}
-        result |= {"torch": torch.__version__, "matrix_tflops": round(rate / 1e12)}
-        if rank == 0:
-            print(json.dumps(result), flush=True)
-            with Path(options.out).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+        note(result)
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-    if options.generate and rank == 0:
-        result = {"recipe": "generate", "bits": options.bits, "layers": options.layers} | generation(model)
-        print(json.dumps(result), flush=True)
-        with Path(options.out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+    if options.generate and full_size.ranks() == 1:
+        note({"recipe": "generate"} | facts | generation(model))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
-def main() -> None:
+def table(path: Path) -> str:
+    """The rows of a result file as a Markdown table, with what the planner says beside what was measured."""
+    head = ("GPUs", "layers", "recipe", "weights", "samples a step", "step, s", "tokens/s", "samples/s")
+    head += ("share of the limit", "GiB at most", "planned s", "planned GiB")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        if "step_seconds" not in row:
+            continue
+        planned = planned_for(row) if row["gpu"] != "CPU" else None
+        passes = f" in {row['passes']} passes" if row["passes"] > 1 else ""
+        kept = "" if row["checkpointing"] else ", all activations kept"
+        share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
+        cells = (f"{row['gpus']} x {row['gpu']}", row["layers"], row["recipe"], "4-bit" if row["bits"] == 4 else "bf16")
+        cells += (f"{row['samples']}{passes}{kept}", f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}")
+        cells += (f"{row['samples_per_second']:.1f}", share, f"{max(row['peak_gib']):.1f}")
+        cells += (f"{planned.step_seconds:.2f}", f"{planned.peak:.1f}") if planned else ("", "")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def planned_for(row: dict[str, Any]) -> planner.Plan:
+    """The planner's answer for a measured row."""
+    config = deepcopy(AIR)
+    config.num_hidden_layers = row["layers"]
+    card = next((name for name in planner.CARDS if name in row["gpu"]), "")
+    gib = planner.CARDS[card].gib if card else 0.0
+    return planner.plan(
+        config,
+        rank=row.get("rank", 8),
+        groups=planner.GROUPS if row["groups"] == "all" else ("attention",),
+        bits=row["bits"],
+        samples=row["samples"],
+        passes=row["passes"],
+        checkpointing=row["checkpointing"],
+        machine=planner.Machine(row["gpus"], gib, card, 128, 1000),
+        processes=row["gpus"] if row["bits"] == 16 else 1,
+        recipe="textbook" if row["recipe"] == "textbook" else "ours",
+    )
+
+
+def main() -> int:
     """Choose what this machine can hold, and start one process a GPU for each recipe."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--layers", type=int, default=AIR.num_hidden_layers, help="fewer, to try it on a small GPU")
-    parse.add_argument("--bits", type=int, choices=(4, 16), default=16)
+    parse.add_argument("--layers", type=int, default=0, help="fewer than the model's 46, to try it on a small GPU")
+    parse.add_argument("--tiny", action="store_true", help="the bundled model's sizes, for a machine without a GPU")
+    parse.add_argument("--bits", type=int, choices=(4, 16), help="default: 16 where it fits, else 4")
     parse.add_argument("--groups", choices=("all", "attention"), default="all")
     parse.add_argument("--rank", type=int, default=8)
-    parse.add_argument("--samples", default="16,64,128", help="samples a step, or samples/passes; n: no checkpointing")
+    parse.add_argument("--samples", help="samples a step, or samples/passes; n behind it: no checkpointing")
     parse.add_argument("--steps", type=int, default=4)
+    parse.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")
     parse.add_argument("--profile", default="", help="write the profiler's table to this file")
-    parse.add_argument("--generate", action="store_true", help="time answering too")
+    parse.add_argument("--generate", action="store_true", help="time answering too (one process)")
     parse.add_argument("--worker", choices=("ours", "textbook"), help=argparse.SUPPRESS)
-    parse.add_argument("--out", default="output/benchmark.jsonl")
+    parse.add_argument("--out", default="output/benchmark.jsonl", help="rows are added to this file")
+    parse.add_argument("--table", metavar="FILE", help="print such a file as a table and stop")
     options = parse.parse_args()
+    if options.table:
+        print(table(Path(options.table)))
+        return 0
     if options.worker:
         worker(options)
+        return 0
+    machine = planner.this_machine(Path.cwd())
+    if not machine.gpus and not options.tiny:
+        print(planner.plan(machine=machine).text())
+        print("There is no GPU here. --tiny tries the script with the bundled model's sizes.")
+        return 1
+    config = configuration(options)
+    fits = planner.plan(config, machine=machine, processes=options.processes, samples=16 * options.processes).fits
+    options.bits = options.bits or (16 if fits else 4)
+    count = options.processes if options.bits == 16 else 1
+    options.samples = options.samples or f"16{'n' if options.bits == 16 else ''},{64 * count},{128 * count}"
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    shared = ["--bits", str(options.bits), "--layers", str(options.layers), "--groups", options.groups]
+    shared += ["--rank", str(options.rank), "--steps", str(options.steps), "--out", options.out]
+    shared += [flag for flag in ("--tiny", "--generate") if getattr(options, flag[2:])]
+    shared += ["--profile", options.profile] if options.profile else []
+    spread = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
+    runs = [[sys.executable, *spread, __file__, "--worker", "ours", "--samples", options.samples, *shared]]
+    if options.bits == 16:
+        runs.append([sys.executable, __file__, "--worker", "textbook", "--samples", "16/4", *shared])
+    for command in runs:
+        if status := subprocess.run(command, check=False).returncode:
+            print(f"This run ended with status {status}; what was measured before it is in {options.out}.")
+            return status
+    print(table(Path(options.out)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

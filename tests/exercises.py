@@ -22,9 +22,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
 NOT_NEEDED = {
     "05_lora_training": ("## 8 `TrainingArguments`", "## Exercises"),
     "07_failure_lab": ("## 1 The answer comes", "## 8 Tools"),
+    "08_full_size": ("## 5 Start it", "## Exercises"),
 }
 #: Which folders of an earlier run a notebook reads.
-READS = {"04_chat_template": ["rows"], "05_lora_training": ["tokens"], "06_inference": ["rows", "tokens", "lora"]}
+READS = {
+    "04_chat_template": ["rows"],
+    "05_lora_training": ["tokens"],
+    "06_inference": ["rows", "tokens", "lora"],
+    "08_full_size": ["tokens", "lora"],
+}
 
 
 def exercises(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str, str]]:

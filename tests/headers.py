@@ -23,7 +23,12 @@ sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
 
 #: Which notebook must have run before. The notebooks check it themselves; a test compares.
-NEEDS = {"04_chat_template": "03_dataset", "05_lora_training": "04_chat_template", "06_inference": "05_lora_training"}
+NEEDS = {
+    "04_chat_template": "03_dataset",
+    "05_lora_training": "04_chat_template",
+    "06_inference": "05_lora_training",
+    "08_full_size": "05_lora_training",
+}
 #: How far a run may lie from the header: a slower or busier machine is no fault, a forgotten header is.
 TIME_FACTOR, TIME_SLACK_SECONDS = 3.0, 20.0
 SIZE_FACTOR, SIZE_SLACK_MIB = 1.3, 60.0
