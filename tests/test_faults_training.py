@@ -474,6 +474,8 @@ class Cloud:
                     cloud.over.wait()
                     self.close_connection = True
                     return
+                if self.path.endswith("/experiment") and cloud.how == "dies":
+                    cloud.how = "silent"  # from the next request on
                 status, found = cloud.found(self.path, self.command, self.headers.get("authorization"))
                 data = json.dumps(found).encode()
                 self.send_response(status)
@@ -588,25 +590,51 @@ def test_what_a_silent_cloud_missed_is_uploaded_later(prepared, tmp_path, undist
         assert run.end() == 0, run.said
     assert "The SwanLab cloud does not answer; recording locally" in run.said
     assert_equal(course, undisturbed)
-    losses = {number: loss for (number, key), loss in undisturbed.result()["losses"].items() if key == "loss"}
-    assert utils.recorded(course.out / "swanlab", "train/loss") == pytest.approx(losses)
-    (record,) = (course.out / "swanlab").glob("run-*")
-    cloud = Cloud()
-    subprocess.run(
-        [Path(sys.executable).with_name("swanlab"), "sync", str(record)],
-        env={**os.environ, "SWANLAB_API_HOST": cloud.host, "SWANLAB_API_KEY": KEY, "HOME": str(tmp_path)},
-        check=True,
-        timeout=120,
-        capture_output=True,
-    )
-    cloud.close()
-    assert cloud.points("train/loss") == pytest.approx(losses)
+    assert utils.recorded(course.out / "swanlab", "train/loss") == pytest.approx(training_losses(undisturbed))
+    assert uploaded_later(course, tmp_path) == pytest.approx(training_losses(undisturbed))
     fault.record(
         AREA,
         "SwanLab: silent during a whole training",
         "a cloud on 127.0.0.1 that accepts and never answers; later one that answers",
         f"{EQUAL}; every loss is in the local record, and `swanlab sync` uploads it later",
     )
+
+
+def test_a_cloud_that_falls_silent_during_training(prepared, tmp_path, undisturbed, fault):
+    with swanlab_cloud("dies") as environment:
+        course = Course(prepared, tmp_path / "course", **environment, SWANLAB_MODE="online", HOME=str(tmp_path))
+        run = course.notebook()
+        assert run.wait_for(lambda: step(run) == 17), run.said
+        assert run.end(60) == 0, run.said
+    assert "SwanLab mode: online" in run.said
+    assert "The SwanLab cloud does not answer; the record is kept, to be uploaded later." in run.said
+    assert_equal(course, undisturbed)
+    assert uploaded_later(course, tmp_path) == pytest.approx(training_losses(undisturbed))
+    fault.record(
+        AREA,
+        "SwanLab: silent from the middle of training on",
+        "a cloud on 127.0.0.1 that answers until the run has begun and then never; later one that answers",
+        f"said at the end and not waited for; {EQUAL}; `swanlab sync` uploads every loss later",
+    )
+
+
+def training_losses(course):
+    return {number: loss for (number, key), loss in course.result()["losses"].items() if key == "loss"}
+
+
+def uploaded_later(course, home):
+    """What `swanlab sync` brings of the record to a cloud that answers."""
+    (record,) = (course.out / "swanlab").glob("run-*")
+    cloud = Cloud()
+    subprocess.run(
+        [Path(sys.executable).with_name("swanlab"), "sync", str(record)],
+        env={**os.environ, "SWANLAB_API_HOST": cloud.host, "SWANLAB_API_KEY": KEY, "HOME": str(home)},
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    cloud.close()
+    return cloud.points("train/loss")
 
 
 def test_a_log_folder_that_cannot_be_written(prepared, tmp_path, fault):
