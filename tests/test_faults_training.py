@@ -558,7 +558,7 @@ def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(
             monkeypatch.setenv(name, value)
         begun = time.monotonic()
         names = {"course": course, "runs": runs, "os": os}
-        exec(cell("05_lora_training", "runs.cloud_trouble()"), names)
+        exec(cell("05_lora_training", "SwanLab mode:"), names)
         assert time.monotonic() - begun < 5
         begun = time.monotonic()
         (callback,) = train.swanlab_callback(course, {})
@@ -579,7 +579,7 @@ def test_a_cloud_that_answers_well_is_used(cell, monkeypatch, capsys):
     with swanlab_cloud("well") as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        exec(cell("05_lora_training", "runs.cloud_trouble()"), {"course": course, "runs": runs, "os": os})
+        exec(cell("05_lora_training", "SwanLab mode:"), {"course": course, "runs": runs, "os": os})
     assert capsys.readouterr().out == "SwanLab mode: online\n"
 
 
