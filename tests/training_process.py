@@ -125,5 +125,8 @@ class Run:
     def end(self, seconds: float = 300.0) -> int:
         """The exit status, once the process has ended."""
         self.process.join(seconds)
-        assert self.process.exitcode is not None, self.said
+        ended = self.process.exitcode is not None
+        if not ended:
+            self.process.kill()  # else pytest would wait for it at its own end
+        assert ended, self.said
         return self.process.exitcode
