@@ -31,11 +31,11 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import full_size
 import planner
+import runs
 
 for harmless in ("(rank|alpha)_pattern keys", "`is_gradient_checkpointing` is deprecated", "'pin_memory' argument"):
     warnings.filterwarnings("ignore", message=f".*{harmless}")
@@ -118,16 +118,16 @@ class Progress(TrainerCallback):
 
 
 def swanlab_callback(course: utils.Settings, settings: dict[str, Any]) -> list[Any]:
-    """SwanLab's callback, in the first process alone; a cloud that does not answer or a missing key records locally."""
+    """SwanLab's callback, in the first process alone; a cloud that does not answer or refuses the key: locally."""
     mode = "online" if course.swanlab_mode == "cloud" else course.swanlab_mode
     if mode == "disabled" or int(os.environ.get("RANK", "0")):
         return []
-    if mode == "online" and ("SWANLAB_API_KEY" not in os.environ or not utils.reachable("api.swanlab.cn")):
-        print("No SWANLAB_API_KEY, or the SwanLab cloud does not answer; recording locally.")
+    if mode == "online" and (trouble := runs.cloud_trouble()):
+        print(f"The SwanLab cloud {trouble}; recording locally, to be uploaded later.")
         mode = "local"
     from swanlab.integration.transformers import SwanLabCallback
 
-    folder = str(course.output / "swanlab")
+    folder = str(runs.log_folder(course.output / "swanlab"))
     callback = SwanLabCallback(project="glm-4.5-air-lora", experiment_name="huanhuan", mode=mode, log_dir=folder)
     callback.update_config(settings)
     return [callback]
@@ -218,14 +218,16 @@ def train(chosen: argparse.Namespace) -> Trainer:
     )
     trainer.remove_callback(PrinterCallback)
     started = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with runs.stoppable(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.time() - started
     trainer.evaluate()
     if rank == 0:
-        model.save_pretrained(run_folder / "adapter", state_dict=full_size.adapter_state(model))
-        tokenizer.save_pretrained(run_folder / "adapter")
-        shutil.copy(tokens_folder / "prompt.json", run_folder)
-        utils.stamp(run_folder, course)
+        with runs.stoppable(trainer):
+            model.save_pretrained(run_folder / "adapter", state_dict=full_size.adapter_state(model))
+            tokenizer.save_pretrained(run_folder / "adapter")
+            shutil.copy(tokens_folder / "prompt.json", run_folder)
+            utils.stamp(run_folder, course)
         print(f"{seconds:.0f} s of training; adapter in {utils.shown(run_folder / 'adapter')}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves while the first process still writes
@@ -240,7 +242,7 @@ def start_or_resume(run_folder: Path, course: utils.Settings, made_with: dict[st
         unfinished = not (run_folder / "made_from.json").is_file()
     except utils.CourseError:
         unfinished = False
-    checkpoint = get_last_checkpoint(str(checkpoints)) if unfinished else None
+    checkpoint = runs.newest_checkpoint(checkpoints) if unfinished else None
     if not unfinished:
         utils.restart(run_folder)
     utils.stamp(checkpoints, course, **made_with)

@@ -192,11 +192,15 @@ def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
 
 
 def restart(folder: Path) -> None:
-    """Make the folder anew; what an earlier run left in it is kept as `NAME-previous`, in the place of an older one."""
-    if folder.is_dir():
+    """Make the folder anew; what an earlier run left in it is kept as `NAME-previous`, in the place of an older one.
+
+    A folder without a file, as a process that was killed right here leaves it, takes no finished run's place.
+    """
+    if any(path.is_file() for path in folder.rglob("*")):
         previous = folder.with_name(f"{folder.name}-previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 

@@ -145,7 +145,8 @@ def ask_cell(cell, tmp_path, environment, answer):
         cwd=str(ROOT), env={**os.environ, "HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython"), **environment}
     )
     try:
-        setup = "import dataclasses, os, utils\nutils.reachable = lambda *_: True\n"
+        setup = "import dataclasses, os, runs, utils\n"
+        setup += "runs.cloud_trouble = lambda: '' if 'SWANLAB_API_KEY' in os.environ else 'asks for SWANLAB_API_KEY'\n"
         setup += "course = dataclasses.replace(utils.settings(), swanlab_mode='online')"
 
         def reply(message):

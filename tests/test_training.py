@@ -143,7 +143,7 @@ def test_training_twice_in_one_kernel_is_refused(cell):
             nn.init.constant_(self.lora_B.weight, size)
             nn.init.zeros_(self.lora_B.bias)
 
-    source = cell("05_lora_training", "import get_last_checkpoint")
+    source = cell("05_lora_training", "def begin_untrained")
     with pytest.raises(utils.CourseError, match="This kernel has trained already"):
         exec(source, {"utils": utils, "model": Adapter(0.1)})
     with pytest.raises(NameError, match="run_folder"):  # an untouched adapter passes the guard and goes on

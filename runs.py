@@ -1,0 +1,142 @@
+"""What a training run needs to outlive a killed process, an interrupt, a full disk and a cloud that is away.
+
+For notebook 05 and `train.py`. `Trainer` and its arguments stand there, not here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import utils
+
+#: How safetensors and Python say that the disk or its quota is full, and how torch says that a file came out short.
+FULL_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed|\bunexpected pos \d+ vs"
+)
+
+
+def written_to_its_end(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds all that resuming reads, each file at its full length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # `Trainer` writes it last
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, "np"):  # compares the header with the file's length
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # What torch saves is a zip, whose directory comes last. Without an optimiser, `Trainer` starts a new one silently.
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return len(states) > 2 and all(zipfile.is_zipfile(state) for state in states)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; those that were not are deleted, and said.
+
+    `Trainer` writes a checkpoint under its final name, file by file; its own search for the newest takes a torn one.
+
+    Raises:
+        CourseError: a checkpoint without safetensors.
+    """
+    from transformers.trainer_utils import sort_checkpoints
+
+    newest = None
+    for path in map(Path, sort_checkpoints(str(folder))):
+        if written_to_its_end(path):
+            newest = str(utils.whole(path))
+        else:
+            print(f"{path.name} was not written to its end; it is deleted")
+            shutil.rmtree(path)
+    return newest
+
+
+@contextmanager
+def stoppable(trainer: Any) -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) end training after the step it is at, with a checkpoint; a second one ends it at once.
+
+    Raises:
+        CourseError: it was interrupted, or the disk is full; with what is kept and how to go on.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    asked: list[int] = []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            asked_anywhere = torch.tensor(len(asked), device=args.device)
+            if torch.distributed.is_initialized():  # all processes must stop after the same step
+                torch.distributed.all_reduce(asked_anywhere, torch.distributed.ReduceOp.MAX)
+            if asked_anywhere:
+                asked.append(signal.SIGINT)
+                control.should_save = control.should_training_stop = True
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    stop, before, why = Stop(), signal.signal(signal.SIGINT, note), "Stopped"
+    trainer.add_callback(stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        asked.append(signal.SIGINT)
+    except Exception as error:
+        if not FULL_DISK.search(str(error)):
+            raise
+        why = "The disk is full: free some of it. Stopped"
+        asked.append(0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        trainer.remove_callback(stop)
+    if asked:
+        state, kept = trainer.state, newest_checkpoint(Path(trainer.args.output_dir))
+        mend = "There is no checkpoint yet: begin anew."
+        if kept:
+            mend = f"{utils.shown(kept)} holds the adapter and all that is needed to go on: run this again."
+        raise utils.CourseError(f"{why} at step {state.global_step} of {state.max_steps}. {mend}")
+
+
+def cloud_trouble(seconds: float = 4.0) -> str:
+    """Why SwanLab's cloud cannot record, or nothing if it can; asked as the library does, which waits up to 75 s."""
+    import requests
+
+    host = os.environ.get("SWANLAB_API_HOST", "https://api.swanlab.cn").rstrip("/")
+    said = ["does not answer"]
+
+    def ask() -> None:
+        with suppress(requests.RequestException, UnicodeError):
+            key = {"authorization": os.environ.get("SWANLAB_API_KEY", "")}
+            status = requests.post(f"{host}/api/login/api_key", headers=key, timeout=seconds).status_code
+            refused = "asks for a valid SWANLAB_API_KEY" if status in (401, 403) else f"is in trouble (HTTP {status})"
+            said[0] = "" if status < 400 else refused
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up the name has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    return said[0]
+
+
+def log_folder(folder: Path) -> Path:
+    """The folder if it can be written, else a new one among the temporary files, and said."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        other = Path(tempfile.mkdtemp(prefix="swanlab-"))
+        print(f"{utils.shown(folder)} cannot be written ({error.strerror}); SwanLab records in {other}")
+        return other
