@@ -66,7 +66,7 @@ def record(folder: Path, name: str, seconds: float, memory_mib: float, disk_mib:
 
 def table(data: dict[str, Any]) -> str:
     """The header as a Markdown table."""
-    gpu = f"{data['minutes_gpu']} minutes on one {data['gpu']}" if "minutes_gpu" in data else "not measured"
+    gpu = f"{data['minutes_gpu']} minutes on one {data['gpu']}" if "minutes_gpu" in data else "not measured on a GPU"
     needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else "nothing"
     versions = ", ".join(f"{name} {pin}" for name, pin in sorted(data["packages"].items())) or "the standard library"
     rows = [
