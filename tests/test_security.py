@@ -319,7 +319,8 @@ def test_a_real_jupyter_started_so_asks_for_its_token(tmp_path):
 
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = [line for line in commands.splitlines() if "jupyter lab" in line]
-    arguments = [word for word in command.split()[1:] if not word.endswith(".ipynb")] + ["--no-browser", "--port=0"]
+    words = command[command.index("jupyter lab") :].split()[1:]  # behind the variable that stands before it
+    arguments = [word for word in words if not word.endswith(".ipynb")] + ["--no-browser", "--port=0"]
     arguments += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     environment = {**os.environ, "HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
     server = subprocess.Popen(
