@@ -332,7 +332,7 @@ def check_shards(folder: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, bits: int = 16, attention: str = "packed", experts: str = "grouped_lora", device_map: Any = None
+    folder: Path, bits: int = 16, attention: str = "packed", experts: str = "grouped_lora"
 ) -> torch.nn.Module:
     """The model, ready for an adapter, in bounded host memory: shards are mapped and go to their device at once.
 
@@ -358,7 +358,7 @@ def load_model(
 
         how["distributed_config"] = DistributedConfig(fsdp_size=ranks())
     elif gpu:
-        how["device_map"] = device_map or "auto"
+        how["device_map"] = "auto"
     # The layer after the last one predicts a second token; it is in the checkpoint and takes no part here.
     prediction, kind = rf"model\.layers\.{config.num_hidden_layers}\.", Glm4MoeForCausalLM
     kind._keys_to_ignore_on_load_unexpected = list({*(kind._keys_to_ignore_on_load_unexpected or ()), prediction})

@@ -1,8 +1,9 @@
 """What a LoRA run of a GLM-4.5 model needs, computed before anything is loaded: memory, disk, hours, and what fits.
 
-Memory is counted: every term is a number of tensors of known shape. Time is counted work over measured rates: the
-constants in `CARDS` were fitted to the runs in `benchmarks/measured.json` (random weights), nothing else. So it holds
-for those cards, and is a guess for others. `tests/test_planner.py` compares it with every measured row.
+Memory is counted: every term is a number of tensors of known shape. Time is counted work over rates: `LAUNCH`,
+`MATRIX_SHARE` and `COPY_SHARE` were fitted to the runs in `benchmarks/measured.jsonl` (random weights, one GPU). So it
+holds for those cards and is a guess for others, and for several GPUs, whose link is an assumption; the text of a plan
+says so. `tests/test_planner.py` compares it with every measured row of ours.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Card:
     """One kind of GPU.
 
     Attributes:
-        gib: memory that torch can use. tflops: bf16 matrix products, measured. copies: TB/s of memory, measured.
-        link: TB/s that one GPU receives from its neighbours.
+        gib: memory that torch can use. tflops: bf16 matrix products. copies: TB/s of memory.
+        link: TB/s that one GPU receives from its neighbours; assumed everywhere.
     """
 
     gib: float
@@ -44,11 +45,9 @@ class Card:
     link: float
 
 
-CARDS = {
-    "H100": Card(79.2, 792, 3.0, 0.35),
-    "H200": Card(139.8, 782, 4.3, 0.35),
-    "A100": Card(79.2, 250, 1.7, 0.25),
-}
+#: The cards that were measured; `OTHER_GPU` and `CPU` stand for all others.
+CARDS = {"H100": Card(79.2, 792, 3.0, 0.35), "H200": Card(139.8, 782, 4.3, 0.35)}
+OTHER_GPU = Card(79.2, 250, 1.7, 0.25)
 CPU = Card(0, 0.1, 0.02, 0.005)
 
 
@@ -186,7 +185,6 @@ class Plan:
     trained: dict[str, int]
     gpu: dict[str, float]
     checkpoint_gib: float
-    weights_disk_gib: float
     step_seconds: float
     epochs: int
     steps: int
@@ -215,6 +213,10 @@ class Plan:
         kind = "4-bit weights" if self.bits == 4 else "bf16 weights" if self.machine.gpus else "float32 weights"
         minutes = self.steps * self.step_seconds / 60
         lasts = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.1f} minutes"
+        if self.machine.card not in CARDS:
+            lasts += " (a guess: no such card was measured)"
+        elif self.processes > 1:
+            lasts += " (a guess: several GPUs were not measured)"
         return "\n".join(
             [
                 f"Plan for {self.machine.words()}: {kind}, {self.processes} process(es), "
@@ -224,8 +226,7 @@ class Plan:
                 f"  memory of {where}: {terms} = {self.peak:.1f} of {self.room:.1f} GiB",
                 f"  disk: {self.checkpoint_gib:.2f} GiB a checkpoint, two kept and one being written; "
                 f"{self.machine.disk_gib:.0f} GiB free",
-                f"  time: {self.steps} steps of about {self.step_seconds:.2f} s: {lasts}"
-                + ("" if self.machine.card in CARDS else " (a guess: no such card was measured)"),
+                f"  time: {self.steps} steps of about {self.step_seconds:.2f} s: {lasts}",
                 f"  {'fits' if self.fits else 'does not fit. ' + self.advice}",
             ]
         )
@@ -325,11 +326,8 @@ def seconds(
     if bits == 4:
         moved += (reads - 1) * (2 + NF4_BYTES) * (count["routed"] + count["linear"])
     work = compute + moved / (card.copies * 1e12 * COPY_SHARE)
-    launch = (
-        (LAUNCH[bits, checkpointing] if recipe == "ours" else LAUNCH_TEXTBOOK) * config.num_hidden_layers
-        if gpus
-        else 0.0
-    )
+    a_layer = LAUNCH[bits, checkpointing] if recipe == "ours" else LAUNCH_TEXTBOOK
+    launch = a_layer * config.num_hidden_layers * bool(gpus)  # a processor launches nothing
     gather = 0.0
     if processes > 1 and bits == 16:
         gather = 2 * 2 * sum(count.values()) * (processes - 1) / processes / (card.link * 1e12)
@@ -367,7 +365,7 @@ def plan(
     labels = tokens * (label_share if recipe == "ours" else 1)
     routed = "routed experts" in groups
     gpu = memory(config, total, bits, tokens, labels, checkpointing, machine.gpus, processes, recipe, routed)
-    card = CARDS.get(machine.card, CARDS["A100"] if machine.gpus else CPU)
+    card = CARDS.get(machine.card, OTHER_GPU if machine.gpus else CPU)
     step = seconds(config, bits, tokens, checkpointing, card, machine.gpus, processes, passes, recipe)
     made = Plan(
         machine=machine,
@@ -379,7 +377,6 @@ def plan(
         trained=trained,
         gpu=gpu,
         checkpoint_gib=12 * total / GIB,
-        weights_disk_gib=2 * sum(parameters(config).values()) / GIB,
         step_seconds=step,
         epochs=epochs,
         steps=epochs * -(-rows // samples),

@@ -112,7 +112,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Losses and learning rate alone."""
         if state.is_world_process_zero:
-            kept = {key: f"{value:.4g}" for key, value in logs.items() if "loss" in key or key in ("learning_rate",)}
+            kept = {key: f"{value:.4g}" for key, value in logs.items() if "loss" in key or key == "learning_rate"}
             if kept:
                 print(f"step {state.global_step}/{state.max_steps}  {kept}", flush=True)
 
@@ -146,7 +146,6 @@ def train(chosen: argparse.Namespace) -> Trainer:
     course, rank = utils.settings(), int(os.environ.get("RANK", "0"))
     tokens_folder = utils.require(course.output / "tokens", "04_chat_template", course)
     folder, run_folder = utils.model_folder(course), course.output / "lora"
-    groups = ("attention",) if chosen.attention_only else tuple(full_size.GROUPS)
     share = full_size.ranks() * chosen.passes
     if chosen.samples % share:
         raise utils.CourseError(
@@ -159,14 +158,14 @@ def train(chosen: argparse.Namespace) -> Trainer:
     if rank == 0:
         print(plan.text(), flush=True)
     plan.require_fit()
-    epochs, checkpointing = plan.epochs, plan.checkpointing
-    small = AutoConfig.from_pretrained(folder).hidden_size < 1024
+    groups, epochs, checkpointing = tuple(plan.trained), plan.epochs, plan.checkpointing
 
     set_seed(chosen.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 3: NaN gradients
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = full_size.load_model(folder, bits=chosen.bits)
+    small = model.config.hidden_size < 1024
     set_seed(chosen.seed)
     model = full_size.attach(model, full_size.lora_config(chosen.rank, groups))
     if rank == 0:
