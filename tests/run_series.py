@@ -2,10 +2,12 @@
 
 `python tests/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
 with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
+With `--cell-seconds N` a cell may take so long; several learners on one machine need it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -20,8 +22,6 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
-
-CELL_SECONDS = 900
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
@@ -39,7 +39,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
                     holder[key] = holder[key].replace(f"{ROOT}/", "")
 
 
-def run(path: Path, output: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:
+def run(path: Path, output: Path, cell_seconds: int) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     """The executed notebook, and what it cost: seconds, memory of its kernel and disk in MiB.
 
     Raises:
@@ -48,7 +48,7 @@ def run(path: Path, output: Path) -> tuple[nbformat.NotebookNode, dict[str, floa
     """
     notebook = nbformat.read(path, as_version=4)
     # A full-size run takes hours in one cell, so only the bundled model has a limit.
-    limit = CELL_SECONDS if utils.settings().bundled else None
+    limit = cell_seconds if utils.settings().bundled else None
     resources = {"metadata": {"path": str(path.parent)}}
     # The kernel's warning about its (signed, local) TCP ports would break the progress lines.
     client = NotebookClient(notebook, timeout=limit, resources=resources, extra_arguments=["--log-level=40"])
@@ -82,7 +82,10 @@ def summary(course: utils.Settings, seconds: float) -> None:
 
 def main() -> int:
     """Run the series; 0 when every notebook ran."""
-    store = "--store" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", action="store_true", help="store outputs and headers in the notebooks")
+    parser.add_argument("--cell-seconds", type=int, default=900, help="limit of a cell with the bundled model")
+    options = parser.parse_args()
     try:
         course = utils.settings()
     except utils.CourseError as error:
@@ -98,15 +101,15 @@ def main() -> int:
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun = time.time()
         try:
-            notebook, cost = run(path, course.output)
+            notebook, cost = run(path, course.output, options.cell_seconds)
         except (CellExecutionError, DeadKernelError, TimeoutError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             print(f"FAILED after {time.time() - begun:.0f} s\n{reason}")
             return 1
         record(course.output, path.stem, **cost)
-        if store:
+        if options.store:
             write(notebook, path.stem, cost)
-        nbformat.write(notebook, path if store else executed / path.name)
+        nbformat.write(notebook, path if options.store else executed / path.name)
         print(f"{cost['seconds']:5.0f} s  {cost['memory_mib']:6,.0f} MiB of memory")
     summary(course, time.time() - started)
     return 0
