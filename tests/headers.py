@@ -1,10 +1,11 @@
 """The header of each notebook: what it costs, what it needs, when it was last verified; data first, table second.
 
-The data stands in the notebook's metadata under `course`; the cell tagged `header` shows it as a table. `make store`
-writes both from a measured run, and `make test` compares them with a run of its own.
+The data stands in the notebook's metadata under `course`; the cell tagged `header` shows it as a table, with the
+notebook's contents and its neighbours below; the cell tagged `footer` leads on. `make store` writes them from a
+measured run, and `make test` compares them with a run of its own.
 
-`python tests/headers.py gpu FOLDER` takes the minutes on a GPU from the output folder of a `tests/run_series.py` on a
-machine with one.
+`python tests/headers.py` writes them anew after a title has changed; `python tests/headers.py gpu FOLDER` also takes
+the minutes on a GPU from the output folder of a `tests/run_series.py` on a machine with one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 
@@ -78,6 +80,31 @@ def table(data: dict[str, Any]) -> str:
     return "| this notebook | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in rows)
 
 
+def contents(notebook: nbformat.NotebookNode) -> str:
+    """Links to the sections; JupyterLab and GitHub both make a section's anchor from its title, spaces as hyphens."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    without_code = re.sub(r"^```.*?^```", "", prose, flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^## (.+)$", without_code, re.MULTILINE)
+    return " · ".join(f"[{title}](#{quote(title.replace('`', '').replace(' ', '-'))})" for title in titles)
+
+
+def neighbours(name: str) -> str:
+    """Links to the notebook before and the one after, and to the list of all."""
+    names = sorted(path.stem for path in (ROOT / "notebooks" / "en").glob("*.ipynb"))
+    place = names.index(name)
+    links = ["[all notebooks](../../README.md)"]
+    if place > 0:
+        links.insert(0, f"← [{names[place - 1]}]({names[place - 1]}.ipynb)")
+    if place + 1 < len(names):
+        links.append(f"[{names[place + 1]}]({names[place + 1]}.ipynb) →")
+    return " · ".join(links)
+
+
+def head(notebook: nbformat.NotebookNode, name: str) -> str:
+    """The whole header: table, contents, neighbours."""
+    return f"{table(notebook.metadata['course'])}\n\n{contents(notebook)}\n\n{neighbours(name)}"
+
+
 def write(notebook: nbformat.NotebookNode, name: str, cost: dict[str, float] | None = None) -> None:
     """Put the header into the notebook: new figures from `cost`, the others as they stand; an old header goes."""
     data = dict(notebook.metadata.get("course", {}))
@@ -90,20 +117,28 @@ def write(notebook: nbformat.NotebookNode, name: str, cost: dict[str, float] | N
         }
     data |= {"needs": NEEDS.get(name, ""), "packages": packages(notebook)}
     notebook.metadata["course"] = data
-    cells = [cell for cell in notebook.cells if "header" not in cell.metadata.get("tags", [])]
-    header = nbformat.v4.new_markdown_cell(table(data), id=f"{name[:2]}-header", metadata={"tags": ["header"]})
-    notebook.cells = [cells[0], header, *cells[1:]]
+    cells = [cell for cell in notebook.cells if not {"header", "footer"} & set(cell.metadata.get("tags", []))]
+    notebook.cells = cells
+    made = [
+        nbformat.v4.new_markdown_cell(text, id=f"{name[:2]}-{tag}", metadata={"tags": [tag]})
+        for tag, text in (("header", head(notebook, name)), ("footer", neighbours(name)))
+    ]
+    notebook.cells = [cells[0], made[0], *cells[1:], made[1]]
 
 
 def problems(notebook: nbformat.NotebookNode, name: str) -> list[str]:
     """What is wrong with a notebook's header in itself, one line each."""
     data = notebook.metadata.get("course")
-    shown = [cell.source for cell in notebook.cells if "header" in cell.metadata.get("tags", [])]
-    if not data or len(shown) != 1:
-        return [f"{name}: no header; run `make store`"]
+    shown = {
+        tag: [cell.source for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+        for tag in ("header", "footer")
+    }
+    if not data or any(len(sources) != 1 for sources in shown.values()):
+        return [f"{name}: no header or no footer; run `make store`"]
     found = []
-    if shown[0] != table(data):
-        found.append(f"{name}: the header's table is not what its metadata says; run `make store`")
+    if shown["header"] != [head(notebook, name)] or shown["footer"] != [neighbours(name)]:
+        mend = "run `python tests/headers.py` or `make store`"
+        found.append(f"{name}: header or footer are not what metadata and titles say; {mend}")
     if data["packages"] != packages(notebook):
         found.append(f"{name}: the header's versions are not the pins of what it imports; run `make store`")
     if data["needs"] != NEEDS.get(name, ""):
@@ -124,19 +159,20 @@ def differences(data: dict[str, Any], cost: dict[str, float], name: str) -> list
     return found
 
 
-def main(folder: Path) -> None:
-    """Write the minutes of a run on a GPU into the headers."""
-    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
-    gpu = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gpus"][0]
+def main(folder: Path | None = None) -> None:
+    """Write the headers anew; with a folder, the minutes of its run on a GPU too."""
+    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8")) if folder else {}
     for file in sorted((ROOT / "notebooks" / "en").glob("*.ipynb")):
         notebook = nbformat.read(file, as_version=4)
-        minutes = max(0.1, round(measured[file.stem]["seconds"] / 60, 1))
-        notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": gpu}
+        if folder:
+            gpu = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gpus"][0]
+            minutes = max(0.1, round(measured[file.stem]["seconds"] / 60, 1))
+            notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": gpu}
         write(notebook, file.stem)
         nbformat.write(notebook, file)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "gpu":
+    if sys.argv[1:] and (len(sys.argv) != 3 or sys.argv[1] != "gpu"):
         sys.exit(__doc__)
-    main(Path(sys.argv[2]))
+    main(Path(sys.argv[2]) if sys.argv[1:] else None)

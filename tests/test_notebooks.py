@@ -72,6 +72,9 @@ def test_the_header_says_what_its_metadata_says(notebook):
     changed = copy.deepcopy(notebook)
     changed.metadata["course"]["packages"] = {"torch": "0.0"}
     assert len(headers.problems(changed, name)) == 2
+    changed = copy.deepcopy(notebook)
+    changed.cells[2:2] = [nbformat.v4.new_markdown_cell("## A section that no link leads to")]
+    assert len(headers.problems(changed, name)) == 1
 
 
 @pytest.mark.parametrize(
