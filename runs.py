@@ -5,6 +5,7 @@ For notebook 05 and `train.py`. `Trainer` and its arguments stand there, not her
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import utils
 
@@ -24,6 +25,34 @@ import utils
 FULL_DISK = re.compile(
     r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed|\bunexpected pos \d+ vs"
 )
+
+
+_claimed: dict[Path, TextIO] = {}
+
+
+def claim(run_folder: Path) -> None:
+    """Take the run's folder for this process, until `release` or the process's end, however it ends.
+
+    Raises:
+        CourseError: another kernel or train.py trains into it.
+    """
+    if run_folder in _claimed:
+        return
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = (run_folder.parent / f".{run_folder.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        mend = "Shut that kernel down (Running Terminals and Kernels), or set COURSE_OUTPUT to a folder of your own."
+        raise utils.CourseError(f"Another kernel trains into {utils.shown(run_folder)}. {mend}") from None
+    _claimed[run_folder] = lock
+
+
+def release(run_folder: Path) -> None:
+    """Give a claimed folder free; nothing happens where it was not claimed."""
+    if lock := _claimed.pop(run_folder, None):
+        lock.close()
 
 
 def written_to_its_end(checkpoint: Path) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -153,7 +152,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
             f"{chosen.passes} pass(es). Use a multiple of {share}."
         )
     parts = {path.name: load_from_disk(str(path)) for path in sorted(tokens_folder.iterdir()) if path.is_dir()}
-    rows = parts.pop("train")
+    rows, prompt = parts.pop("train"), (tokens_folder / "prompt.json").read_text(encoding="utf-8")
     plan = made_plan(chosen, rows)
     if rank == 0:
         print(plan.text(), flush=True)
@@ -201,6 +200,8 @@ def train(chosen: argparse.Namespace) -> Trainer:
     )
     made_with = {"rows": len(rows), "rank": chosen.rank, "learning_rate": arguments.learning_rate, "epochs": epochs}
     made_with |= {"seed": chosen.seed, "groups": list(groups), "bits": chosen.bits, "samples": chosen.samples}
+    if rank == 0:
+        runs.claim(run_folder)
     checkpoint = start_or_resume(run_folder, course, made_with) if rank == 0 else None
     if torch.distributed.is_initialized():
         box = [checkpoint]
@@ -225,8 +226,9 @@ def train(chosen: argparse.Namespace) -> Trainer:
         with runs.stoppable(trainer):
             model.save_pretrained(run_folder / "adapter", state_dict=full_size.adapter_state(model))
             tokenizer.save_pretrained(run_folder / "adapter")
-            shutil.copy(tokens_folder / "prompt.json", run_folder)
+            (run_folder / "prompt.json").write_text(prompt, encoding="utf-8")
             utils.stamp(run_folder, course)
+            runs.release(run_folder)
         print(f"{seconds:.0f} s of training; adapter in {utils.shown(run_folder / 'adapter')}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves while the first process still writes

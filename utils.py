@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import fnmatch
 import hashlib
 import html
@@ -376,11 +377,13 @@ def recorded(folder: Path, name: str) -> dict[int, float]:
 
 
 def report(course: Settings, **figures: Any) -> None:
-    """Add figures to `output/report.json`, which `make run` prints at its end."""
+    """Add figures to `output/report.json`, which `make run` prints at its end; two at the same time both arrive."""
     path = course.output / "report.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
+    with (path.parent / ".report.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
 
 # ------------------------------------------------------------------------------------- tables and pictures

@@ -126,6 +126,35 @@ def assert_clear(run, *said):
     return messages[0]
 
 
+@pytest.mark.parametrize("second", ["notebook", "script"])
+def test_two_that_train_into_one_folder(course, undisturbed, second, fault):
+    first = course.notebook()
+    assert first.wait_for(lambda: step(first) >= 2), first.said
+    other = getattr(course, second)()
+    assert other.end() == 1, other.said
+    assert "Another kernel trains into .../out/lora. Shut that kernel down" in other.said
+    assert first.end() == 0, first.said
+    assert_equal(course, undisturbed)
+    fault.record(
+        AREA,
+        "two trainings with one output folder",
+        f"notebook 05 trains, then a second {'kernel' if second == 'notebook' else 'train.py'} begins",
+        "the second stops with one message; the first ends as if alone",
+    )
+
+
+def test_a_killed_training_keeps_no_claim(course):
+    run = course.notebook()
+    assert run.wait_for(lambda: step(run) >= 1), run.said
+    with pytest.raises(utils.CourseError, match="Another kernel trains into"):
+        runs.claim(course.out / "lora")
+    run.kill()
+    runs.claim(course.out / "lora")
+    runs.claim(course.out / "lora")  # a cell that is run twice
+    runs.release(course.out / "lora")
+    runs.release(course.out / "lora")
+
+
 # ---------------------------------------------------------------------------------------- killed processes
 
 

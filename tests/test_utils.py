@@ -1,10 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy
 import pytest
+from conftest import ROOT
 
 import utils
 
@@ -275,3 +277,11 @@ def test_what_swanlab_recorded_is_read_back(tmp_path):
     assert utils.recorded(tmp_path, "train/loss") == {0: 3, 1: 2, 2: 1}
     with pytest.raises(utils.CourseError, match="holds nothing under eval/loss"):
         utils.recorded(tmp_path, "eval/loss")
+
+
+def test_figures_of_many_processes_all_arrive(tmp_path):
+    code = "import sys, utils\nfor i in range(20): utils.report(utils.settings(), **{f'{sys.argv[1]}-{i}': i})"
+    environment = {**os.environ, "COURSE_OUTPUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, name], env=environment) for name in "abcd"]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    assert len(json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))) == 80
