@@ -357,8 +357,11 @@ def reachable(host: str, seconds: float = 3.0) -> bool:
         return False
 
 
-def recorded(folder: Path, name: str) -> dict[int, float]:
-    """What the newest local SwanLab run in the folder holds under a name, as step to value.
+def recorded(folder: Path, name: str, experiment: str = "") -> dict[int, Any]:
+    """What the newest local SwanLab run in the folder, or the newest of an experiment, holds under a name.
+
+    Returns:
+        Step to value: a number, or for texts and images a list (the texts themselves, the images' file names).
 
     Raises:
         CourseError: no local run there (other modes keep their record elsewhere), or nothing of that name in it.
@@ -367,7 +370,8 @@ def recorded(folder: Path, name: str) -> dict[int, float]:
     if not database.is_file():
         raise CourseError(f"{shown(folder)}: no local SwanLab run there. Record one with SWANLAB_MODE=local.")
     with closing(sqlite3.connect(database)) as connection:
-        run, number = connection.execute("SELECT run_id, id FROM experiment ORDER BY id DESC").fetchone()
+        newest = "SELECT run_id, id FROM experiment WHERE ? IN ('', name) ORDER BY id DESC"
+        run, number = connection.execute(newest, (experiment,)).fetchone() or ("", 0)
         where = "SELECT folder FROM tag WHERE experiment_id = ? AND name = ?"
         found = connection.execute(where, (number, name)).fetchone()
     if not found:
@@ -405,24 +409,25 @@ class Shown:
         return self.text
 
 
+def _columns(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    return sum(2 if ord(c) > 0x2E80 else 1 for c in text)
+
+
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
     """Print a plain table; a Chinese character counts as two columns."""
-
-    def width(text: str) -> int:
-        return sum(2 if ord(c) > 0x2E80 else 1 for c in text)
-
     lines = [[str(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(width(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(_columns(line[i]) for line in lines) for i in range(len(head))]
     for number, line in enumerate(lines):
-        print("  ".join(cell + " " * (w - width(cell)) for cell, w in zip(line, widths, strict=True)).rstrip())
+        print("  ".join(cell + " " * (w - _columns(cell)) for cell, w in zip(line, widths, strict=True)).rstrip())
         if number == 0:
             print("  ".join("-" * w for w in widths))
 
 
-def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Shown:
-    """A sample token by token: trained ones on blue with ●, read ones on white with ○; the twin divides tokens by │.
+def _token_boxes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, int, bool]]:
+    """What stands in each box of a mask: its text, its number of tokens, and whether they are trained.
 
-    Tokens that only together make a character (its bytes) stand in one box, with their number.
+    Tokens that only together make a character (its bytes) share a box.
 
     Raises:
         ValueError: `ids` and `labels` differ in length.
@@ -435,6 +440,12 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Show
         if "\ufffd" not in text or end - start > 6 or end == len(ids):
             boxes.append((text.replace("\n", "⏎"), end - start, labels[end - 1] != -100))
             start = end
+    return boxes
+
+
+def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Shown:
+    """A sample token by token: trained ones on blue with ●, read ones on white with ○; the twin divides tokens by │."""
+    boxes = _token_boxes(tokenizer, ids, labels)
     style = "display:inline-block;margin:2px;padding:1px 4px;border:1px solid #888;color:#000;background:"
     parts = []
     for text, count, trained in boxes:
@@ -472,6 +483,26 @@ def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any
     for one in grid[0]:
         one.spines[["top", "right"]].set_visible(False)
     return figure, list(grid[0])
+
+
+def mask_picture(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Shown:
+    """The mask of a sample as a picture, for a record that holds no HTML: trained tokens on blue with ●."""
+    rows, used = [[]], 0
+    for text, _, trained in _token_boxes(tokenizer, ids, labels):
+        columns = 3 + _columns(text)
+        if used + columns > 72:
+            rows, used = [*rows, []], 0
+        rows[-1].append((used, f"{'●' if trained else '○'} {text}", trained))
+        used += columns
+    figure, (plot,) = axes(height=0.4 * len(rows) + 0.2)
+    plot.set(xlim=(0, 72), ylim=(len(rows) - 0.5, -0.5))
+    plot.set_axis_off()
+    for line, row in enumerate(rows):
+        for left, text, trained in row:
+            box = {"facecolor": "#bcdcff" if trained else "white", "edgecolor": "#0b4f9c" if trained else "#888888"}
+            plot.text(left, line, text.replace("$", r"\$"), fontsize=9, va="center", bbox={"boxstyle": "square", **box})
+    count = sum(label != -100 for label in labels)
+    return picture(figure, f"Mask of a sample: ● {count} of {len(ids)} tokens are trained, ○ the others are read only.")
 
 
 def length_picture(lengths: Sequence[int], limit: int) -> Shown:
