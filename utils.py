@@ -20,8 +20,11 @@ import re
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -605,6 +608,45 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
         said.append(f"{title}: most used is expert {busiest[1]} of layer {first_layer + busiest[0]}, {array.max():.0%}")
     return picture(figure, f"Share of tokens by layer and expert, in %. {'; '.join(said)}.")
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+def _bar(done: int, count: int, what: str, begun: float) -> Shown:
+    """How far it is; the text is always the same, so that a stored output does not depend on the speed."""
+    seconds = (time.monotonic() - begun) / max(done, 1) * (count - done)
+    left = f", about {seconds:.0f} s left" if 0 < done < count else ""
+    bar = f'<progress value="{done}" max="{count}" aria-label="{what}"></progress> {what}: {done} of {count}{left}'
+    return Shown(f"<div>{bar}</div>", f"{what}: {count}")
+
+
+def progress(items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The items one by one, under a bar with the time left."""
+    from IPython.display import display
+
+    begun = time.monotonic()
+    shown = display(_bar(0, len(items), what, begun), display_id=True)
+    for done, item in enumerate(items, 1):
+        yield item
+        shown.update(_bar(done, len(items), what, begun))
+
+
+def watched(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command as `subprocess.run` does, under a bar that follows its lines of the form `step 3/12`."""
+    from IPython.display import display
+
+    begun, lines = time.monotonic(), []
+    shown = display(_bar(0, 1, "steps", begun), display_id=True)
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            for line in process.stdout:
+                lines.append(line)
+                if step := re.match(r"step (\d+)/(\d+)", line):
+                    shown.update(_bar(int(step[1]), int(step[2]), "steps", begun))
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors.read())
 
 
 # ---------------------------------------------------------------------------------- exercises and the chat box

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +286,28 @@ def test_figures_of_many_processes_all_arrive(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", code, name], env=environment) for name in "abcd"]
     assert [process.wait(60) for process in processes] == [0] * 4
     assert len(json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))) == 80
+
+
+def test_progress_yields_every_item_and_ends_full(monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, bar):
+            shown.append(bar)
+
+    monkeypatch.setattr("IPython.display.display", lambda bar, display_id: shown.append(bar) or Handle())
+    assert list(utils.progress(["a", "b"], "letters")) == ["a", "b"]
+    assert [re.search("letters: (.*?)(, about|</div>)", bar.html)[1] for bar in shown] == ["0 of 2", "1 of 2", "2 of 2"]
+    assert "s left" in shown[1].html
+    assert "left" not in shown[0].html + shown[2].html
+    assert {str(bar) for bar in shown} == {"letters: 2"}
+
+
+def test_a_watched_command_gives_what_subprocess_run_gives(monkeypatch):
+    shown = []
+    handle = type("Handle", (), {"update": staticmethod(shown.append)})
+    monkeypatch.setattr("IPython.display.display", lambda bar, display_id: handle)
+    code = "import sys; print('step 1/2'); print('x' * 200_000, file=sys.stderr); print('step 2/2'); sys.exit(3)"
+    done = utils.watched([sys.executable, "-c", code], dict(os.environ))
+    assert (done.returncode, done.stdout, done.stderr) == (3, "step 1/2\nstep 2/2\n", "x" * 200_000 + "\n")
+    assert ["1 of 2" in bar.html or "2 of 2" in bar.html for bar in shown] == [True, True]

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 #: The cells that train, of all that teach: settings, model, adapter, arguments, SwanLab, trainer, training, saving.
-CELLS = "05-01 05-08 05-18 05-20 05-25 05-40 05-43 05-44 05-47 05-48 05-50 05-50b 05-52 05-53 05-58 05-60 05-64".split()
+CELLS = [f"05-{cell}" for cell in "01 08 18 20 25 40 43 44 47 47b 48 50 50b 52 53 58 60 64".split()]
 #: A short run: 18 steps on the 40 rows of the test, checkpoints and losses close together.
 SHORT = [
     ("per_device_train_batch_size=16 if small", "per_device_train_batch_size=4 if small"),
