@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -49,7 +50,8 @@ BUNDLED = ROOT / "models" / "glm4-moe-mini"
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
 #: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
 NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
-BLUE, RED, GREEN = "#4C72B0", "#C44E52", "#55A868"
+#: Okabe and Ito's, told apart by colour-blind eyes; a marker, a kind of line or a word says the same each time.
+BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 
 
 class CourseError(Exception):
@@ -466,13 +468,37 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Show
     return Shown(f"<div>{key}</div><div>{''.join(parts)}</div>", "\n".join([*lines, summary]))
 
 
+@cache
+def pyplot() -> Any:
+    """matplotlib's pyplot in the style of the course, once for each process.
+
+    Chinese is drawn with the course's own font, what it lacks with matplotlib's, and the rest with the machine's.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import font_manager
+
+    font_manager.fontManager.addfont(ROOT / "images" / "fonts" / "HuanhuanHei.otf")
+    there = font_manager.get_font_names()  # a family that is not there would be warned of
+    machine = [name for name in ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC") if name in there]
+    plt.rcParams.update(
+        {
+            "font.family": ["Huanhuan Hei", "DejaVu Sans", *machine],
+            "axes.prop_cycle": plt.cycler(
+                color=[BLUE, RED, GREEN, PURPLE, BLACK], linestyle=["-", "--", "-.", ":", (0, (1, 3))]
+            ),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.alpha": 0.3,
+        }
+    )
+    return plt
+
+
 def picture(figure: Any, alt: str) -> Shown:
     """A matplotlib figure as an image with `alt` both as its alt text and as its caption; the figure is closed."""
-    import matplotlib.pyplot as plt
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
+    pyplot().close(figure)
     png, words = buffer.getvalue(), html.escape(alt, quote=True)
     image = f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
     return Shown(f"<figure>{image}<figcaption>{words}</figcaption></figure>", alt, png)
@@ -480,11 +506,7 @@ def picture(figure: Any, alt: str) -> Shown:
 
 def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any, list[Any]]:
     """A figure and its axes side by side, in the style of the course."""
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    for one in grid[0]:
-        one.spines[["top", "right"]].set_visible(False)
+    figure, grid = pyplot().subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
     return figure, list(grid[0])
 
 
@@ -575,12 +597,12 @@ def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
     figure, (plot,) = axes(height=3.2)
     looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
     said = []
-    for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, "#8172B3"), strict=False):
+    for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, BLACK), strict=False):
         plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=name)
         first, last = min(curve), max(curve)
         said.append(f"{name} from {curve[first]:.2f} at step {first} to {curve[last]:.2f} at step {last}")
     plot.set(xlabel="step", ylabel="nats a token", title="Loss while training", ylim=(0, None))
-    plot.grid(alpha=0.3)
+    plot.grid()
     if curves:
         plot.legend()
     return picture(figure, f"Loss: {'; '.join(said) or 'nothing yet'}.")
@@ -597,14 +619,17 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
     top = max(float(array.max()) for array in shares.values())
     said = []
     for plot, (title, array) in zip(plots, shares.items(), strict=True):
-        plot.imshow(array, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+        image = plot.imshow(100 * array, cmap="Blues", vmin=0, vmax=100 * top, aspect="auto")
         plot.set(title=title, xlabel="expert", ylabel="layer")
-        plot.set_yticks(range(len(array)), [first_layer + i for i in range(len(array))])
+        some = range(0, len(array), -(-len(array) // 12))
+        plot.set_yticks(some, [first_layer + i for i in some])
         if array.size <= 200:  # with 128 experts the figures would cover the picture
             for i, row in enumerate(array):
                 for j, value in enumerate(row):
-                    ink = "white" if value > 0.6 * top else "black"
+                    ink = "white" if value > 0.72 * top else "black"
                     plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=8, color=ink)
+        elif plot is plots[-1]:
+            figure.colorbar(image, label="% of a layer's tokens")
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
         said.append(f"{title}: most used is expert {busiest[1]} of layer {first_layer + busiest[0]}, {array.max():.0%}")
     return picture(figure, f"Share of tokens by layer and expert, in %. {'; '.join(said)}.")
