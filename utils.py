@@ -470,7 +470,7 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Show
 
 @cache
 def pyplot() -> Any:
-    """matplotlib's pyplot in the style of the course, once for each process.
+    """Matplotlib's pyplot in the style of the course, once for each process.
 
     Chinese is drawn with the course's own font, what it lacks with matplotlib's, and the rest with the machine's.
     """
