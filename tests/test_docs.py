@@ -1,0 +1,263 @@
+"""The pages in docs/ say what the code, the notebooks and the measurements say."""
+
+import ast
+import json
+import re
+from types import SimpleNamespace
+
+import messages
+import pytest
+from conftest import ROOT
+
+import full_size
+import planner
+import runs
+import utils
+
+TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
+
+#: Printed inside an `if` in a notebook, or by train.py, and no notice: what a cell found out.
+RESULTS = {
+    "fetched again: ‹›",
+    "‹›: ‹› bytes sent, starting at byte ‹›",
+    "new answers: the loss falls by more than a fifth, then rises again",
+    "new wordings: the loss falls to the end, by more than half",
+    "‹›: ‹› points in SwanLab, the same as in the notebook: ‹›",
+    "Both losses fall; new wordings of taught answers are far easier than answers that were never taught.",
+    "The base speaks as a model, the adapter as 甄嬛.",
+    "The merged model, loaded without peft, gives the same answer.",
+    "‹› layers, ‹› bits, ‹›: ‹› tokens/s with the adapter, ‹› merged",
+    "step ‹›/‹›",
+    "trainable parameters: ‹›",
+    "‹› s of training; adapter in ‹›",
+    "‹› tensors changed; the checkpoint is in ‹›",
+    "✓ right",
+}
+
+
+def rows_of_tables(text: str) -> list[list[str]]:
+    """The cells of every table row of a page, heads and rules left out."""
+    lines = [line.strip() for line in text.splitlines()]
+    found = []
+    for number, line in enumerate(lines):
+        if line.startswith("|") and not re.fullmatch(r"[|:\- ]+", line):
+            head = number + 1 < len(lines) and re.fullmatch(r"[|:\- ]+", lines[number + 1])
+            if not head:
+                found.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))])
+    return found
+
+
+def entries(page: str) -> list[str]:
+    """The course's own messages on a page, as it spells them: first cells that are one piece of code."""
+    return [row[0][1:-1] for row in rows_of_tables(page) if re.fullmatch(r"`[^`]+`", row[0])]
+
+
+def differences(page: str, said: set[str]) -> tuple[set[str], set[str]]:
+    """What the code says and the page does not explain, and what the page explains and nobody says."""
+    explained = {messages.tidy(re.sub("‹[^›]*›", messages.HOLE, entry)) for entry in entries(page)}
+    return said - RESULTS - explained, explained - said
+
+
+# ------------------------------------------------------------------------------------------ troubleshooting
+
+
+def test_the_page_explains_what_the_code_says_and_nothing_else():
+    said = set(messages.collect())
+    assert said >= RESULTS, "a result that no cell prints any more: take it out of RESULTS"
+    assert differences(TROUBLE, said) == (set(), set())
+    assert len(entries(TROUBLE)) == len(set(entries(TROUBLE)))
+
+
+def test_a_message_without_an_entry_and_an_entry_without_a_message_are_named():
+    said = set(messages.collect())
+    assert differences(TROUBLE, said | {"‹›: a new fault. Mend it."}) == ({"‹›: a new fault. Mend it."}, set())
+    gone = "‹›: no such file. Check COURSE_DATA."
+    assert differences(TROUBLE, said - {gone}) == (set(), {gone})
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ('raise CourseError("mend it")', {"mend it"}),
+        ('raise utils.CourseError(f"{name}: {n:.1f} GiB")', {"‹›: ‹› GiB"}),
+        ('why = "no disk" if x else "no net"\nraise CourseError(f"{why}. Stop.")', {"no disk. Stop.", "no net. Stop."}),
+        ('more = ", and more" if x else ""\nraise CourseError("too many" + more)', {"too many‹›"}),
+        ('def f(x):\n    raise ValueError(f"{x} is {y}")', {"‹› is ‹›"}),
+        ('assert x, f"no {y} here"\nassert z', {"no ‹› here"}),
+        ('print("in no if")\nif x:\n    print("resuming from", y or z)', {"resuming from ‹›"}),
+        ('raise CourseError(f"{a}{b}")', set()),
+        ('"""A docstring."""\nx = "not said"', set()),
+    ],
+)  # fmt: skip
+def test_messages_are_read_from_code(code, said):
+    assert messages.in_code(code, printed=ast.If) == said
+
+
+def test_the_symptoms_of_the_failure_lab_are_those_of_its_summary():
+    cells = json.loads((ROOT / "notebooks/en/07_failure_lab.ipynb").read_text(encoding="utf-8"))["cells"]
+    (summary,) = (text for cell in cells if (text := "".join(cell["source"])).startswith("## Summary"))
+    wanted = [(row[1], row[0]) for row in rows_of_tables(summary)]
+    table = TROUBLE.split("| symptom | section of 07 |")[1].split("\n\n")[0]
+    assert len(wanted) == 7
+    assert [tuple(row) for row in rows_of_tables(table)] == wanted
+
+
+def best_entry(said: str) -> str:
+    """The entry of the page that says most of a real message; before it may stand a file, a model or a row."""
+    said, found = said.splitlines()[-1], {"": 0}  # the rows of a data file have a line each
+    for entry in entries(TROUBLE):
+        parts = re.split("‹[^›]*›", entry)
+        if re.search(".*".join(map(re.escape, parts)) + "$", said):
+            found[entry] = len("".join(parts))
+    return max(found, key=lambda entry: found[entry])
+
+
+def said_by(act, capsys) -> str:
+    """What is raised, or else printed."""
+    try:
+        act()
+    except (utils.CourseError, ValueError) as error:
+        return str(error)
+    return capsys.readouterr().out.strip()
+
+
+DATA = {
+    "The file is empty": b" ",
+    "It holds zero bytes": json.dumps([GOOD]).encode("utf-16-le"),
+    "not UTF-8": "你好".encode("gbk"),
+    "This looks like a web page": b"<html>",
+    "A data file begins with": b"instruction,input,output\n",
+    "This looks like JSON Lines": b'{"a": 1}\n{"a": 2}\n',
+    "Write a line break": b'[{"instruction": "a\nb"}]',
+    "The file ends too early": b'[{"instruction": "a"',
+    "A row holds three texts": b"[" * 100_000,
+    "Often a comma": b'[{"a": 1,}]',
+    "holds an empty list": b"[]",
+    "holds one ": b'{"a": 1}',
+    "is ‹kind›, not an object": b'["a"]',
+    "is a conversation": b'[{"messages": []}]',
+    "has no field": b'[{"instruction": "a", "input": ""}]',
+    "stands in it twice": b'[{"instruction": "a", "input": "", "output": "b", "output": "c"}]',
+    "not text: put it": b'[{"instruction": "a", "input": "", "output": 3}]',
+    "is empty: write it": b'[{"instruction": "a", "input": "", "output": " "}]',
+    "half of a character": rb'[{"instruction": "a", "input": "", "output": "\ud83d"}]',
+    "which stands for no text": rb'[{"instruction": "a", "input": "", "output": "\u0000b"}]',
+    "characters, ‹limit› at most": json.dumps([{**GOOD, "output": "长" * 20_001}]).encode(),
+    "is not used": json.dumps([{**GOOD, "system": "x"}]).encode(),
+    "begins with a byte order mark": b"\xef\xbb\xbf" + json.dumps([GOOD]).encode(),
+}
+
+
+@pytest.mark.parametrize("entry", DATA)
+def test_a_faulty_data_file_is_on_the_page(tmp_path, capsys, entry):
+    (tmp_path / "mine.json").write_bytes(DATA[entry])
+    assert entry in best_entry(said_by(lambda: utils.load_rows(tmp_path / "mine.json"), capsys))
+
+
+@pytest.mark.parametrize(
+    ("error", "entry"),
+    [
+        (OSError(28, "full"), "the disk is full"),
+        (ConnectionError("x"), "the connection broke off"),
+        (RuntimeError("odd"), "‹model›: ‹kind of error›."),
+        ("NotExistError", "the hub knows no such model"),
+        ("PermissionDeniedError", "the hub asks who you are"),
+        ("FileIntegrityError", "what arrived is not"),
+        ("ServerError", "the hub is in trouble"),
+    ],
+)
+def test_a_failed_download_is_on_the_page(capsys, error, entry):
+    from modelscope_hub import errors
+
+    def fail():
+        with utils.download_errors("owner/name"):
+            raise getattr(errors, error)("x") if isinstance(error, str) else error
+
+    assert entry in best_entry(said_by(fail, capsys))
+
+
+def learner(monkeypatch, **variables) -> utils.Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    return utils.settings()
+
+
+def model_of(folder, *names, kind="glm4_moe"):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def full(gpus=1, gib=24.0, disk=500.0, **how):
+    return planner.plan(machine=planner.Machine(gpus, gib, "H100", 64, disk), **how).require_fit
+
+
+def stopped(tmp_path, error):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        state=SimpleNamespace(global_step=3, max_steps=9),
+        add_callback=lambda one: None,
+        remove_callback=lambda one: None,
+    )
+    with runs.stoppable(trainer):
+        raise error
+
+
+def torn(tmp_path):
+    (tmp_path / "checkpoint-50").mkdir()
+    runs.newest_checkpoint(tmp_path)
+
+
+CASES = {
+    "SWANLAB_MODE=": lambda t, m: learner(m, SWANLAB_MODE="clowd"),
+    "SWANLAB_PROJECT is set": lambda t, m: learner(m, SWANLAB_PROJECT="x"),
+    "no folder there, and no model id": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL="a/b/c")),
+    "is not on this machine yet": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL="a/b", COURSE_OUTPUT=t)),
+    "no config.json there": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL=t)),
+    "The course is made for": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL=model_of(t, kind="qwen3"))),
+    "no *.safetensors there": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL=model_of(t, "model.bin"))),
+    "is not there yet": lambda t, m: utils.require(t / "rows", "03_dataset", learner(m)),
+    "no such file. Check COURSE_DATA; ": lambda t, m: utils.load_rows(t / "nowhere.json"),
+    "a folder, not a file": lambda t, m: utils.load_rows(t),
+    "no local SwanLab run": lambda t, m: utils.recorded(t, "train/loss"),
+    "There is no checkpoint yet": lambda t, m: stopped(t, KeyboardInterrupt()),
+    "The disk is full: free some of it": lambda t, m: stopped(t, OSError(28, "No space left on device")),
+    "was not written to its end": lambda t, m: torn(t),
+    "SwanLab records in": lambda t, m: runs.log_folder(model_of(t) / "config.json"),
+    "does not answer": lambda t, m: print(m.setenv("SWANLAB_API_HOST", "http://127.0.0.1:1") or runs.cloud_trouble()),
+    "○ open": lambda t, m: utils.check(...),
+    "✗ not yet": lambda t, m: utils.check(3, (lambda a: a > 3, "more")),
+    "a label belongs to each token": lambda t, m: utils.mask_view(None, [1], []),
+    "no such group": lambda t, m: full_size.lora_config(8, ("head",)),
+    "peft refuses dropout": lambda t, m: full_size.attach(None, SimpleNamespace(lora_dropout=1, target_parameters=[1])),
+    "16 (bf16, float32 on a CPU) or 4": lambda t, m: full_size.load_model(t, bits=3),
+    "shards are missing": lambda t, m: full_size.check_shards(t),
+    "is cut short or damaged": lambda t, m: full_size.shard_header(model_of(t) / "config.json"),
+    "no adapter_config.json": lambda t, m: full_size.load_adapter(None, t),
+    "Packed attention got a batch": lambda t, m: full_size.packed_attention(None, None, None, None, None, 1.0),
+    "This needs ‹n› GiB on each device": lambda t, m: full()(),
+    "processes were started for": lambda t, m: full(processes=2)(),
+    "Three checkpoints take": lambda t, m: full(gib=300.0, disk=1.0)(),
+}
+
+
+@pytest.mark.parametrize("entry", CASES)
+def test_a_message_that_is_provoked_is_on_the_page(tmp_path, monkeypatch, capsys, entry):
+    assert entry in best_entry(said_by(lambda: CASES[entry](tmp_path, monkeypatch), capsys))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "rank", "entry"),
+    [
+        (4, 80.0, 8, "torchrun --nproc-per-node ‹n› train.py --bits ‹n› --samples ‹n› --passes ‹n›."),
+        (1, 24.0, 8, "would do (‹n› GiB each)."),
+        (1, 24.0, 4096, "Nothing up to 16 GPUs"),
+    ],
+)
+def test_the_advice_of_a_plan_is_on_the_page(gpus, gib, rank, entry):
+    machine = planner.Machine(gpus, gib, "H100", 64, 99_999)
+    advice = planner.plan(machine=machine, rank=rank).advice
+    assert entry in best_entry(advice), advice
