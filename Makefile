@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5092
+LEARNERS ?= 8
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
 
-.PHONY: setup run lab dashboard test test-faults lint benchmark store model clean
+.PHONY: setup run lab dashboard test test-faults lint benchmark workshop store model clean
 
 setup: $(VENV)/ready
 
@@ -40,6 +41,10 @@ test-faults: setup
 # Times LoRA training at the full size on the GPUs of this machine, with random weights.
 benchmark: setup
 	@$(BIN)/python benchmarks/benchmark.py
+
+# The evening before a workshop: GO or NO-GO for this machine and so many learners (docs/instructors.md).
+workshop: setup
+	@$(BIN)/python tests/workshop.py $(LEARNERS) $(if $(BROWSERS),--browsers-elsewhere)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
