@@ -84,6 +84,10 @@ def test_a_message_without_an_entry_and_an_entry_without_a_message_are_named():
         ('why = "no disk" if x else "no net"\nraise CourseError(f"{why}. Stop.")', {"no disk. Stop.", "no net. Stop."}),
         ('more = ", and more" if x else ""\nraise CourseError("too many" + more)', {"too many‹›"}),
         ('def f(x):\n    raise ValueError(f"{x} is {y}")', {"‹› is ‹›"}),
+        ('m = "{a} is {b} {{!}}."\nraise CourseError(say(m, a=x, b=say("too small")))', {"‹› is too small {!}."}),
+        ('if x:\n    m = "left"\n    raise E(m + " early")\nm = "went on"\nraise E(m)', {"left early", "went on"}),
+        ('m = "one thing"\nif x:\n    m = "another thing"\nraise E(m)', {"one thing", "another thing"}),
+        ('m = "old text"\nm = "new text"\nraise E(m)', {"new text"}),
         ('assert x, f"no {y} here"\nassert z', {"no ‹› here"}),
         ('print("in no if")\nif x:\n    print("resuming from", y or z)', {"resuming from ‹›"}),
         ('raise CourseError(f"{a}{b}")', set()),
@@ -91,7 +95,7 @@ def test_a_message_without_an_entry_and_an_entry_without_a_message_are_named():
     ],
 )  # fmt: skip
 def test_messages_are_read_from_code(code, said):
-    assert messages.in_code(code, printed=ast.If) == said
+    assert messages.Code(code).messages(printed=ast.If) == said
 
 
 def test_the_symptoms_of_the_failure_lab_are_those_of_its_summary():
