@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import messages
 import pytest
+import workshop
 from conftest import ROOT
 
 import full_size
@@ -357,3 +358,84 @@ def test_a_term_is_first_used_where_the_glossary_says(term, chinese, first, vari
     assert chinese
     assert term.lower() not in [variant.lower() for variant in variants]
     assert chinese not in variants
+
+
+# ------------------------------------------------------------------------------------- the instructor's guide
+
+GUIDE = (ROOT / "docs" / "instructors.md").read_text(encoding="utf-8")
+ROOM = json.loads((ROOT / "docs" / "measured_room.json").read_text(encoding="utf-8"))
+HEADERS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))["metadata"]["course"]
+    for path in sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
+}
+MINUTES = {"90 minutes": 90, "Half a day": 210, "A day": 480}
+
+
+def agenda(title: str) -> list[list[str]]:
+    """The rows of the agenda under a heading."""
+    return rows_of_tables(re.search(rf"### {title}:.*?\n(.+?)(?=\n##)", GUIDE, re.DOTALL)[1])
+
+
+@pytest.mark.parametrize("title", MINUTES)
+def test_an_agenda_adds_up_and_quotes_the_headers(title):
+    now = 0
+    for start, what, computes, plan in agenda(title):
+        assert start == f"{now // 60}:{now % 60:02}", what
+        now += int(plan)
+        linked = re.search(r"notebooks/en/(\w+)\.ipynb", what)
+        assert computes == (str(HEADERS[linked[1]]["minutes_cpu"]) if linked else ""), what
+    assert now == MINUTES[title]
+
+
+def test_the_agendas_name_notebooks_in_their_order():
+    for title in MINUTES:
+        named = re.findall(r"notebooks/en/(\w+)\.ipynb", str(agenda(title)))
+        assert named == sorted(set(named))
+    assert len(named) == 8
+
+
+def measured_rows() -> list[str]:
+    """The table of what was measured, as it should stand in the guide."""
+    return [
+        f"| machine | {ROOM['hardware']} |",
+        f"| measured on | {ROOM['date']} |",
+        f"| all eight notebooks, until the last learner ended | {ROOM['minutes']:.0f} minutes |",
+        f"| of that notebook 05, the slowest learner | {ROOM['training_minutes']:.1f} minutes |",
+        f"| memory of one learner at most, all processes | {ROOM['most_mib_of_one']:,} MiB |",
+        f"| memory of all learners together at most | {ROOM['most_mib_together']:,} MiB |",
+        f"| files of one learner | {ROOM['disk_mib_of_one']:,} MiB |",
+    ]
+
+
+def derived_row(learners: int) -> str:
+    """A row of the table of what other rooms need, by the rule of tests/workshop.py."""
+    sizes = [f"{learners * ROOM[key] / 1024:.1f}" for key in ("most_mib_of_one", "disk_mib_of_one")]
+    minutes = [f"{workshop.training_minutes(learners, cores, ROOM):.0f}" for cores in (2, 4, 8, 16)]
+    return f"| {learners} learners | {' | '.join([*sizes, *minutes])} |"
+
+
+def test_the_room_is_the_measured_one():
+    for row in [*measured_rows(), *map(derived_row, (4, 8, 16, 32))]:
+        assert row in GUIDE
+    assert f"Measured: {ROOM['learners']} learners on one machine" in GUIDE
+    assert f"Not tried: more than {ROOM['learners']} learners, more than {ROOM['cores']} cores" in GUIDE
+    assert ROOM["training_minutes_alone"] == HEADERS["05_lora_training"]["minutes_cpu"]
+    assert f"never less than the {ROOM['training_minutes_alone']} of one learner alone" in GUIDE
+    assert f"more than {workshop.LONGEST_TRAINING_MINUTES} minutes" in GUIDE
+
+
+def test_the_sums_of_the_headers_are_right():
+    together = sum(header["memory_mib"] for header in HEADERS.values())
+    assert f"all eight together up to {together:,} MiB" in GUIDE
+    assert f"{sum(header['minutes_cpu'] for header in HEADERS.values()):.1f} minutes on two cores" in GUIDE
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
