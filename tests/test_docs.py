@@ -33,6 +33,7 @@ RESULTS = {
     "trainable parameters: ‹›",
     "‹› s of training; adapter in ‹›",
     "‹› tensors changed; the checkpoint is in ‹›",
+    "pictures by name: ‹› answers at steps: ‹›",
     "✓ right",
 }
 
