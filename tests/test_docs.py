@@ -149,8 +149,8 @@ DATA = {
     "stands in it twice": b'[{"instruction": "a", "input": "", "output": "b", "output": "c"}]',
     "not text: put it": b'[{"instruction": "a", "input": "", "output": 3}]',
     "is empty: write it": b'[{"instruction": "a", "input": "", "output": " "}]',
-    "half of a character": rb'[{"instruction": "a", "input": "", "output": "\ud83d"}]',
-    "which stands for no text": rb'[{"instruction": "a", "input": "", "output": "\u0000b"}]',
+    "holds U+‹number› (": rb'[{"instruction": "a", "input": "", "output": "\ud83d"}]',
+    "at place ‹n›: delete it": rb'[{"instruction": "a", "input": "", "output": "\u0000b"}]',
     "characters, ‹limit› at most": json.dumps([{**GOOD, "output": "长" * 20_001}]).encode(),
     "is not used": json.dumps([{**GOOD, "system": "x"}]).encode(),
     "begins with a byte order mark": b"\xef\xbb\xbf" + json.dumps([GOOD]).encode(),
@@ -220,7 +220,7 @@ def torn(tmp_path):
 
 
 CASES = {
-    "SWANLAB_MODE=": lambda t, m: learner(m, SWANLAB_MODE="clowd"),
+    "is unknown. Use one of": lambda t, m: learner(m, SWANLAB_MODE="clowd"),
     "SWANLAB_PROJECT is set": lambda t, m: learner(m, SWANLAB_PROJECT="x"),
     "no folder there, and no model id": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL="a/b/c")),
     "is not on this machine yet": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL="a/b", COURSE_OUTPUT=t)),
