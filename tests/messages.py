@@ -131,7 +131,8 @@ class Code:
             elif isinstance(node, ast.FunctionDef) and node.name in SPEAKING:
                 pieces.update(tidy(text) for value in spoken(node) for text in self.texts(value))
         others = whole | pieces
-        whole |= {piece for piece in pieces if not any(piece != other and piece in other for other in others)}
+        # What is put into another text is no message of its own; what another one only begins with, is.
+        whole |= {piece for piece in pieces if not any(other.find(piece) > 0 for other in others)}
         return {text for text in whole if says_something(text) and " " in text}
 
 

@@ -430,6 +430,9 @@ def test_the_room_is_the_measured_one():
 def test_the_sums_of_the_headers_are_right():
     together = sum(header["memory_mib"] for header in HEADERS.values())
     assert f"all eight together up to {together:,} MiB" in GUIDE
+    largest = max(header["memory_mib"] for name, header in HEADERS.items() if name != "08_full_size")
+    assert f"without it 05 is the largest, {largest:,} MiB by its header" in GUIDE
+    assert HEADERS["05_lora_training"]["memory_mib"] == largest
     assert f"{sum(header['minutes_cpu'] for header in HEADERS.values()):.1f} minutes on two cores" in GUIDE
 
 
