@@ -34,6 +34,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from language import say
 from planner import tensors
 from utils import CourseError, shown
 
@@ -55,7 +56,8 @@ def lora_config(rank: int = 8, groups: tuple[str, ...] = tuple(GROUPS)) -> LoraC
         CourseError: a group that is none of `GROUPS`.
     """
     if unknown := sorted(set(groups) - set(GROUPS)):
-        raise CourseError(f"LoRA on {', '.join(unknown)}: no such group. There are: {', '.join(GROUPS)}.")
+        message = "LoRA on {unknown}: no such group. There are: {groups}."
+        raise CourseError(say(message, unknown=", ".join(unknown), groups=", ".join(GROUPS)))
     dense = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     tensors = []
     if "routed experts" in groups:
@@ -90,14 +92,15 @@ def attach(model: torch.nn.Module, config: LoraConfig, grouped: bool = True) -> 
         CourseError: a name that matches nothing, or dropout, which peft refuses on fused experts.
     """
     if config.lora_dropout and config.target_parameters:
-        raise CourseError(
-            f"lora_dropout={config.lora_dropout}: peft refuses dropout on fused tensors. Set it to 0, "
-            "or adapt attention alone."
+        message = (
+            "lora_dropout={dropout}: peft refuses dropout on fused tensors. Set it to 0, or adapt attention alone."
         )
+        raise CourseError(say(message, dropout=config.lora_dropout))
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     for target in [*(config.target_modules or ()), *(config.target_parameters or ())]:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise CourseError(f"LoRA target {target}: nothing in the model has this name, so nothing would be trained.")
+            message = "LoRA target {target}: nothing in the model has this name, so nothing would be trained."
+            raise CourseError(say(message, target=target))
     with experts_in_shape(model):
         model = get_peft_model(model, config)
     if grouped:
@@ -118,7 +121,8 @@ def load_adapter(model: torch.nn.Module, folder: Path, grouped: bool = True) -> 
     """
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_file.is_file() or not weights.is_file():
-        raise CourseError(f"{shown(folder)}: no adapter_config.json and adapter_model.safetensors there.")
+        message = "{folder}: no adapter_config.json and adapter_model.safetensors there."
+        raise CourseError(say(message, folder=shown(folder)))
     adapter_fits(folder, model.config)
     with experts_in_shape(model):
         model = PeftModel.from_pretrained(model, str(folder))
@@ -145,11 +149,12 @@ def adapter_fits(folder: Path, config: Any) -> None:
     found = (hidden, layers, experts.pop() if experts else config.n_routed_experts)
     wanted = (config.hidden_size, config.num_hidden_layers, config.n_routed_experts)
     if found != wanted:
-        told = "hidden size {}, {} layers, {} routed experts"
-        raise CourseError(
-            f"{shown(folder)} was trained on another model ({told.format(*found)}); this one has "
-            f"{told.format(*wanted)}. Nothing was loaded."
-        )
+        sizes = []
+        for hidden, layers, experts in (found, wanted):
+            message = "hidden size {hidden}, {layers} layers, {experts} routed experts"
+            sizes.append(say(message, hidden=hidden, layers=layers, experts=experts))
+        message = "{folder} was trained on another model ({found}); this one has {wanted}. Nothing was loaded."
+        raise CourseError(say(message, folder=shown(folder), found=sizes[0], wanted=sizes[1]))
 
 
 # ------------------------------------------------------------------ low-rank products, grouped by expert
@@ -175,7 +180,8 @@ class GroupedLora(ParamWrapper):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the base layer gives, with the update; fused experts add it themselves."""
         if len(self.active_adapters) != 1:
-            raise CourseError(f"{len(self.active_adapters)} adapters are active at once; here it is one.")
+            message = "{count} adapters are active at once; here it is one."
+            raise CourseError(say(message, count=len(self.active_adapters)))
         found = None if self.num_experts > 1 else self.factors()
         if found is None:
             return self.base_layer(x, *args, **kwargs)
@@ -300,7 +306,8 @@ def shard_header(path: Path) -> dict[str, Any]:
             header = {}
     header.pop("__metadata__", None)
     if not header or 8 + length + max(entry["data_offsets"][1] for entry in header.values()) != path.stat().st_size:
-        raise CourseError(f"{shown(path)} is cut short or damaged. Delete it and run 02_download again.")
+        message = "{path} is cut short or damaged. Delete it and run 02_download again."
+        raise CourseError(say(message, path=shown(path)))
     return header
 
 
@@ -315,19 +322,23 @@ def check_shards(folder: Path) -> dict[str, Any]:
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise CourseError(
-            f"{shown(folder)}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}). Run notebook 02_download again: it fetches only what is missing."
+        message = (
+            "{folder}: {count} of {all} shards are missing ({missing}). "
+            "Run notebook 02_download again: it fetches only what is missing."
         )
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CourseError(say(message, folder=shown(folder), count=len(missing), all=len(names), missing=some))
     headers = {tensor: entry for name in names for tensor, entry in shard_header(folder / name).items()}
     config = AutoConfig.from_pretrained(folder)
     prediction = f"model.layers.{config.num_hidden_layers}."  # not used here, so not missed
     lost = [name for name, _, _ in tensors(config) if name not in headers and not name.startswith(prediction)]
     if lost:
-        raise CourseError(
-            f"{shown(folder)}: {len(lost)} tensors are in no shard ({lost[0]}{', ...' if len(lost) > 1 else ''}). "
+        message = (
+            "{folder}: {count} tensors are in no shard ({lost}). "
             "This is no whole checkpoint of such a model; nothing was loaded."
         )
+        some = lost[0] + (", ..." if len(lost) > 1 else "")
+        raise CourseError(say(message, folder=shown(folder), count=len(lost), lost=some))
     return headers
 
 
@@ -344,7 +355,7 @@ def load_model(
         CourseError: missing or damaged shards, or neither 4 nor 16 bits.
     """
     if bits not in (4, 16):
-        raise CourseError(f"bits={bits}: 16 (bf16, float32 on a CPU) or 4 (NF4).")
+        raise CourseError(say("bits={bits}: 16 (bf16, float32 on a CPU) or 4 (NF4).", bits=bits))
     check_shards(folder)
     config = AutoConfig.from_pretrained(folder)
     gpu = torch.cuda.is_available()
@@ -417,7 +428,9 @@ def packed_attention(
         CourseError: the batch does not say where its samples begin.
     """
     if cu_seq_lens_q is None:
-        raise CourseError("Packed attention got a batch that PackedRows did not make. Use it, or attention 'sdpa'.")
+        raise CourseError(
+            say("Packed attention got a batch that PackedRows did not make. Use it, or attention 'sdpa'.")
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # flash attention, which knows no CPU and no float32
@@ -604,15 +617,17 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     change, changed = updates(adapter, config), 0
     if missed := sorted(set(change) - set(headers)):
-        raise CourseError(f"{len(missed)} tensors of the adapter are not in {shown(folder)}: {missed[0]}, ...")
+        message = "{count} tensors of the adapter are not in {folder}: {first}, ..."
+        raise CourseError(say(message, count=len(missed), folder=shown(folder), first=missed[0]))
     if out.is_dir() and any(out.iterdir()):
-        raise CourseError(f"{shown(out)} is not empty. Name a new folder, or empty this one. Nothing was written.")
+        message = "{folder} is not empty. Name a new folder, or empty this one. Nothing was written."
+        raise CourseError(say(message, folder=shown(out)))
     parent = next(path for path in (out, *out.parents) if path.is_dir())
     if (free := shutil.disk_usage(parent).free) < 1.01 * total:
-        raise CourseError(
-            f"The merged checkpoint takes {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free at {shown(parent)}. "
-            "Nothing was written."
+        message = (
+            "The merged checkpoint takes {total:.1f} GiB, {free:.1f} GiB are free at {folder}. Nothing was written."
         )
+        raise CourseError(say(message, total=total / 2**30, free=free / 2**30, folder=shown(parent)))
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("*.safetensors"))
     for number, shard in enumerate(shards, 1):

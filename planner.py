@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import Glm4MoeConfig
 
+from language import say
 from utils import CourseError
 
 GIB = 2**30
@@ -64,8 +65,8 @@ class Machine:
     def words(self) -> str:
         """The machine in a few words."""
         if not self.gpus:
-            return f"no GPU, {self.host_gib:.0f} GiB of memory free"
-        return f"{self.gpus} x {self.card} of {self.gib_each:.0f} GiB"
+            return say("no GPU, {gib:.0f} GiB of memory free", gib=self.host_gib)
+        return say("{gpus} x {card} of {gib:.0f} GiB", gpus=self.gpus, card=self.card, gib=self.gib_each)
 
 
 def this_machine(folder: Path) -> Machine:
@@ -208,26 +209,49 @@ class Plan:
 
     def text(self) -> str:
         """The plan in six lines."""
-        where = "each GPU" if self.machine.gpus else "this machine"
-        terms = " + ".join(f"{name} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
-        kind = "4-bit weights" if self.bits == 4 else "bf16 weights" if self.machine.gpus else "float32 weights"
+        where = say("each GPU") if self.machine.gpus else say("this machine")
+        terms = " + ".join(f"{say(name)} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
+        kind = "4-bit" if self.bits == 4 else "bf16" if self.machine.gpus else "float32"
         minutes = self.steps * self.step_seconds / 60
-        lasts = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.1f} minutes"
+        lasts = say("{time:.1f} minutes", time=minutes)
+        if minutes >= 90:
+            lasts = say("{time:.1f} hours", time=minutes / 60)
         if self.machine.card not in CARDS:
-            lasts += " (a guess: no such card was measured)"
+            lasts += say(" (a guess: no such card was measured)")
         elif self.processes > 1:
-            lasts += " (a guess: several GPUs were not measured)"
+            lasts += say(" (a guess: several GPUs were not measured)")
         return "\n".join(
             [
-                f"Plan for {self.machine.words()}: {kind}, {self.processes} process(es), "
-                f"{self.samples} samples a step in {self.passes} pass(es), "
-                f"{'with' if self.checkpointing else 'without'} activation checkpointing",
-                f"  {sum(self.trained.values()):,} trainable parameters",
-                f"  memory of {where}: {terms} = {self.peak:.1f} of {self.room:.1f} GiB",
-                f"  disk: {self.checkpoint_gib:.2f} GiB a checkpoint, two kept and one being written; "
-                f"{self.machine.disk_gib:.0f} GiB free",
-                f"  time: {self.steps} steps of about {self.step_seconds:.2f} s: {lasts}",
-                f"  {'fits' if self.fits else 'does not fit. ' + self.advice}",
+                say(
+                    "Plan for {machine}: {kind} weights, {processes} process(es), {samples} samples a step in "
+                    "{passes} pass(es), {how} activation checkpointing",
+                    machine=self.machine.words(),
+                    kind=kind,
+                    processes=self.processes,
+                    samples=self.samples,
+                    passes=self.passes,
+                    how=say("with") if self.checkpointing else say("without"),
+                ),
+                say("  {count:,} trainable parameters", count=sum(self.trained.values())),
+                say(
+                    "  memory of {where}: {terms} = {peak:.1f} of {room:.1f} GiB",
+                    where=where,
+                    terms=terms,
+                    peak=self.peak,
+                    room=self.room,
+                ),
+                say(
+                    "  disk: {gib:.2f} GiB a checkpoint, two kept and one being written; {free:.0f} GiB free",
+                    gib=self.checkpoint_gib,
+                    free=self.machine.disk_gib,
+                ),
+                say(
+                    "  time: {steps} steps of about {seconds:.2f} s: {lasts}",
+                    steps=self.steps,
+                    seconds=self.step_seconds,
+                    lasts=lasts,
+                ),
+                say("  fits") if self.fits else say("  does not fit. {advice}", advice=self.advice),
             ]
         )
 
@@ -236,16 +260,16 @@ class Plan:
         if self.fits:
             return
         if self.machine.gpus and self.processes > self.machine.gpus:
-            raise CourseError(f"{self.processes} processes were started for {self.machine.gpus} GPUs. Start one a GPU.")
+            message = "{processes} processes were started for {gpus} GPUs. Start one a GPU."
+            raise CourseError(say(message, processes=self.processes, gpus=self.machine.gpus))
         if 3 * self.checkpoint_gib > self.machine.disk_gib:
-            raise CourseError(
-                f"Three checkpoints take {3 * self.checkpoint_gib:.1f} GiB, {self.machine.disk_gib:.1f} GiB are free. "
+            message = (
+                "Three checkpoints take {needed:.1f} GiB, {free:.1f} GiB are free. "
                 "Free some, or set COURSE_OUTPUT to another disk."
             )
-        raise CourseError(
-            f"This needs {self.peak:.1f} GiB on each device, {self.room:.1f} GiB are free. {self.advice} "
-            "Nothing was loaded."
-        )
+            raise CourseError(say(message, needed=3 * self.checkpoint_gib, free=self.machine.disk_gib))
+        message = "This needs {peak:.1f} GiB on each device, {room:.1f} GiB are free. {advice} Nothing was loaded."
+        raise CourseError(say(message, peak=self.peak, room=self.room, advice=self.advice))
 
 
 # ---------------------------------------------------------------------------------------- memory and time
@@ -392,7 +416,8 @@ def nearest(made: Plan, asked: dict[str, Any]) -> str:
     """What would fit: on this machine if anything does, else how many GPUs of 80 GB."""
     machine = made.machine
     if made.peak <= 0.97 * made.room and 3 * made.checkpoint_gib > machine.disk_gib:
-        return f"The disk is too small: free {3 * made.checkpoint_gib - machine.disk_gib:.1f} GiB more, or use another."
+        message = "The disk is too small: free {gib:.1f} GiB more, or use another."
+        return say(message, gib=3 * made.checkpoint_gib - machine.disk_gib)
     if machine.gpus:
         for bits, processes in ((made.bits, made.processes), (16, machine.gpus), (4, 1)):
             for passes in (1, 2, 4, 8, 16):
@@ -401,12 +426,10 @@ def nearest(made: Plan, asked: dict[str, Any]) -> str:
                 found = plan(**asked, bits=bits, passes=passes, machine=machine, processes=processes)
                 if found.fits:
                     start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
-                    return (
-                        f"This would fit in {found.peak:.0f} GiB: {start} train.py --bits {bits} "
-                        f"--samples {asked['samples']} --passes {passes}"
-                        + (" --attention-only" if asked["groups"] == ("attention",) else "")
-                        + (f" --rank {asked['rank']}." if asked["rank"] != 8 else ".")
-                    )
+                    command = f"{start} train.py --bits {bits} --samples {asked['samples']} --passes {passes}"
+                    command += " --attention-only" if asked["groups"] == ("attention",) else ""
+                    command += f" --rank {asked['rank']}" if asked["rank"] != 8 else ""
+                    return say("This would fit in {gib:.0f} GiB: {command}.", gib=found.peak, command=command)
     disk = max(machine.disk_gib, 3 * made.checkpoint_gib)
     for bits, gpus in ((4, 1), (16, 4), (16, 8), (16, 16)):
         rented = Machine(gpus, CARDS["H100"].gib, "H100", machine.host_gib, disk)
@@ -414,5 +437,6 @@ def nearest(made: Plan, asked: dict[str, Any]) -> str:
         processes = gpus if bits == 16 else 1
         found = plan(**(asked | {"samples": samples}), bits=bits, machine=rented, processes=processes)
         if found.fits:
-            return f"{gpus} GPU(s) of 80 GB with --bits {bits} would do ({found.peak:.0f} GiB each)."
-    return "Nothing up to 16 GPUs of 80 GB would do: lower the rank."
+            message = "{gpus} GPU(s) of 80 GB with --bits {bits} would do ({gib:.0f} GiB each)."
+            return say(message, gpus=gpus, bits=bits, gib=found.peak)
+    return say("Nothing up to 16 GPUs of 80 GB would do: lower the rank.")

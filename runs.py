@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import utils
+from language import say
 
 #: How safetensors and Python say that the disk or its quota is full, and how torch says that a file came out short.
 FULL_DISK = re.compile(
@@ -44,8 +45,11 @@ def claim(run_folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        mend = "Shut that kernel down (Running Terminals and Kernels), or set COURSE_OUTPUT to a folder of your own."
-        raise utils.CourseError(f"Another kernel trains into {utils.shown(run_folder)}. {mend}") from None
+        message = (
+            "Another kernel trains into {folder}. Shut that kernel down (Running Terminals and Kernels), "
+            "or set COURSE_OUTPUT to a folder of your own."
+        )
+        raise utils.CourseError(say(message, folder=utils.shown(run_folder))) from None
     _claimed[run_folder] = lock
 
 
@@ -86,7 +90,7 @@ def newest_checkpoint(folder: Path) -> str | None:
         if written_to_its_end(path):
             newest = str(utils.whole(path))
         else:
-            print(f"{path.name} was not written to its end; it is deleted")
+            print(say("{name} was not written to its end; it is deleted", name=path.name))
             shutil.rmtree(path)
     return newest
 
@@ -117,7 +121,7 @@ def stoppable(trainer: Any) -> Iterator[None]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    stop, before, why = Stop(), signal.signal(signal.SIGINT, note), "Stopped"
+    stop, before, why = Stop(), signal.signal(signal.SIGINT, note), say("Stopped")
     trainer.add_callback(stop)
     try:
         yield
@@ -126,17 +130,19 @@ def stoppable(trainer: Any) -> Iterator[None]:
     except Exception as error:
         if not FULL_DISK.search(str(error)):
             raise
-        why = "The disk is full: free some of it. Stopped"
+        why = say("The disk is full: free some of it. Stopped")
         asked.append(0)
     finally:
         signal.signal(signal.SIGINT, before)
         trainer.remove_callback(stop)
     if asked:
         state, kept = trainer.state, newest_checkpoint(Path(trainer.args.output_dir))
-        mend = "There is no checkpoint yet: begin anew."
+        mend = say("There is no checkpoint yet: begin anew.")
         if kept:
-            mend = f"{utils.shown(kept)} holds the adapter and all that is needed to go on: run this again."
-        raise utils.CourseError(f"{why} at step {state.global_step} of {state.max_steps}. {mend}")
+            message = "{checkpoint} holds the adapter and all that is needed to go on: run this again."
+            mend = say(message, checkpoint=utils.shown(kept))
+        message = "{why} at step {step} of {steps}. {mend}"
+        raise utils.CourseError(say(message, why=why, step=state.global_step, steps=state.max_steps, mend=mend))
 
 
 def cloud_trouble(seconds: float = 4.0) -> str:
@@ -167,5 +173,6 @@ def log_folder(folder: Path) -> Path:
             return folder
     except OSError as error:
         other = Path(tempfile.mkdtemp(prefix="swanlab-"))
-        print(f"{utils.shown(folder)} cannot be written ({error.strerror}); SwanLab records in {other}")
+        message = "{folder} cannot be written ({reason}); SwanLab records in {other}"
+        print(say(message, folder=utils.shown(folder), reason=error.strerror, other=other))
         return other

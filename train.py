@@ -35,6 +35,7 @@ from transformers.utils import logging
 import full_size
 import planner
 import runs
+from language import say
 
 for harmless in ("(rank|alpha)_pattern keys", "`is_gradient_checkpointing` is deprecated", "'pin_memory' argument"):
     warnings.filterwarnings("ignore", message=f".*{harmless}")
@@ -122,7 +123,7 @@ def swanlab_callback(course: utils.Settings, settings: dict[str, Any]) -> list[A
     if mode == "disabled" or int(os.environ.get("RANK", "0")):
         return []
     if mode == "online" and (trouble := runs.cloud_trouble()):
-        print(f"The SwanLab cloud {trouble}; recording locally, to be uploaded later.")
+        print(say("The SwanLab cloud {trouble}; recording locally, to be uploaded later.", trouble=trouble))
         mode = "local"
     from swanlab.integration.transformers import SwanLabCallback
 
@@ -147,10 +148,12 @@ def train(chosen: argparse.Namespace) -> Trainer:
     folder, run_folder = utils.model_folder(course), course.output / "lora"
     share = full_size.ranks() * chosen.passes
     if chosen.samples % share:
-        raise utils.CourseError(
-            f"--samples {chosen.samples} cannot be shared out over {full_size.ranks()} process(es) and "
-            f"{chosen.passes} pass(es). Use a multiple of {share}."
+        message = (
+            "--samples {samples} cannot be shared out over {processes} process(es) and {passes} pass(es). "
+            "Use a multiple of {share}."
         )
+        how = {"processes": full_size.ranks(), "passes": chosen.passes, "share": share}
+        raise utils.CourseError(say(message, samples=chosen.samples, **how))
     parts = {path.name: load_from_disk(str(path)) for path in sorted(tokens_folder.iterdir()) if path.is_dir()}
     rows, prompt = parts.pop("train"), (tokens_folder / "prompt.json").read_text(encoding="utf-8")
     plan = made_plan(chosen, rows)
@@ -168,7 +171,8 @@ def train(chosen: argparse.Namespace) -> Trainer:
     set_seed(chosen.seed)
     model = full_size.attach(model, full_size.lora_config(chosen.rank, groups))
     if rank == 0:
-        print("trainable parameters:", {group: f"{n:,}" for group, n in full_size.attached(model).items() if n})
+        counts = {group: f"{n:,}" for group, n in full_size.attached(model).items() if n}
+        print(say("trainable parameters: {counts}", counts=counts))
 
     arguments = TrainingArguments(
         output_dir=str(run_folder / "checkpoints"),
@@ -229,7 +233,8 @@ def train(chosen: argparse.Namespace) -> Trainer:
             (run_folder / "prompt.json").write_text(prompt, encoding="utf-8")
             utils.stamp(run_folder, course)
             runs.release(run_folder)
-        print(f"{seconds:.0f} s of training; adapter in {utils.shown(run_folder / 'adapter')}")
+        message = "{seconds:.0f} s of training; adapter in {folder}"
+        print(say(message, seconds=seconds, folder=utils.shown(run_folder / "adapter")))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves while the first process still writes
     return trainer
@@ -247,7 +252,7 @@ def start_or_resume(run_folder: Path, course: utils.Settings, made_with: dict[st
     if not unfinished:
         utils.restart(run_folder)
     utils.stamp(checkpoints, course, **made_with)
-    print("resuming from", utils.shown(checkpoint) if checkpoint else "nothing: a new run")
+    print("resuming from", utils.shown(checkpoint) if checkpoint else "nothing: a new run")  # notebook 08 reads it
     return checkpoint
 
 
@@ -261,7 +266,8 @@ def main() -> int:
             course = utils.settings()
             adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
             count = full_size.merge(utils.model_folder(course), adapter, Path(chosen.merge))
-            print(f"{count:,} tensors changed; the checkpoint is in {utils.shown(chosen.merge)}")
+            message = "{count:,} tensors changed; the checkpoint is in {folder}"
+            print(say(message, count=count, folder=utils.shown(chosen.merge)))
         else:
             train(chosen)
     except utils.CourseError as error:

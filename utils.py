@@ -23,6 +23,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -33,9 +34,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from language import CHINESE, LANGUAGES, current, gloss, glossed, say, translated
 from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: F401 (notebook 03 uses the last one)
 
 # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
@@ -68,8 +71,13 @@ def _name_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset:
         last = last.tb_next
     if kind is not NameError or last.tb_frame.f_globals is not shell.user_ns:
         return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
-    mend = "A cell above makes it: Run > Run All Above Selected Cell, then this one (unless it is misspelt)."
-    shell._showtraceback(kind, error, [f"NameError in line {last.tb_lineno}: {error}. {mend}"])
+    message = say(
+        "NameError in line {line}: {error}. A cell above makes it: Run > Run All Above Selected Cell, "
+        "then this one (unless it is misspelt).",
+        line=last.tb_lineno,
+        error=error,
+    )
+    shell._showtraceback(kind, error, [message])
     return None
 
 
@@ -106,19 +114,26 @@ class Settings:
         return self.data == ROOT / "dataset" / "huanhuan.json"
 
 
+def _unknown(name: str, value: str, known: Sequence[str]) -> CourseError:
+    message = "{name}={value} is unknown. Use one of: {known}."
+    return CourseError(say(message, name=name, value=value, known=", ".join(known)))
+
+
 def settings() -> Settings:
     """The settings from `COURSE_MODEL`, `COURSE_DATA`, `COURSE_OUTPUT` and `SWANLAB_MODE`, else the defaults.
 
     Relative paths count from the project's folder.
 
     Raises:
-        CourseError: an unknown `SWANLAB_MODE`, or `SWANLAB_PROJECT`, which makes SwanLab crash.
+        CourseError: an unknown `SWANLAB_MODE` or `COURSE_LANGUAGE`, or `SWANLAB_PROJECT`, which makes SwanLab crash.
     """
     mode = os.environ.get("SWANLAB_MODE") or "local"
     if mode not in SWANLAB_MODES:
-        raise CourseError(f"SWANLAB_MODE={mode} is unknown. Use one of: {', '.join(SWANLAB_MODES)}.")
+        raise _unknown("SWANLAB_MODE", mode, SWANLAB_MODES)
+    if (language := os.environ.get("COURSE_LANGUAGE") or "en") not in LANGUAGES:
+        raise _unknown("COURSE_LANGUAGE", language, LANGUAGES)
     if "SWANLAB_PROJECT" in os.environ:
-        raise CourseError("SWANLAB_PROJECT is set, and SwanLab 0.10 stops on it. Unset it; use SWANLAB_PROJ_NAME.")
+        raise CourseError(say("SWANLAB_PROJECT is set, and SwanLab 0.10 stops on it. Unset it; use SWANLAB_PROJ_NAME."))
     model = os.environ.get("COURSE_MODEL") or str(BUNDLED)
     if (ROOT / model).is_dir():
         model = str(ROOT / model)
@@ -147,21 +162,21 @@ def model_folder(course: Settings) -> Path:
     folder = Path(course.model)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", course.model):
-            raise CourseError(f"COURSE_MODEL={course.model}: no folder there, and no model id (owner/name) either.")
+            message = "COURSE_MODEL={model}: no folder there, and no model id (owner/name) either."
+            raise CourseError(say(message, model=course.model))
         note = course.output / "hub" / "fetched.json"
         fetched = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if course.model not in fetched:
-            raise CourseError(
-                f"{course.model} is not on this machine yet. Run notebook 02_download with internet first."
-            )
+            message = "{model} is not on this machine yet. Run notebook 02_download with internet first."
+            raise CourseError(say(message, model=course.model))
         folder = course.output / "hub" / fetched[course.model]
     if not (folder / "config.json").is_file():
-        raise CourseError(f"{shown(folder)}: no config.json there, so no model. Check COURSE_MODEL or run 02_download.")
+        message = "{folder}: no config.json there, so no model. Check COURSE_MODEL or run 02_download."
+        raise CourseError(say(message, folder=shown(folder)))
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "glm4_moe")
     if kind != "glm4_moe":
-        raise CourseError(
-            f"{shown(folder)} is a {kind} model. The course is made for glm4_moe: template, layers, names."
-        )
+        message = "{folder} is a {kind} model. The course is made for glm4_moe: template, layers, names."
+        raise CourseError(say(message, folder=shown(folder), kind=kind))
     return whole(folder)
 
 
@@ -173,12 +188,16 @@ def whole(folder: Path) -> Path:
             fewer shards than the model's index names.
     """
     if not any(folder.glob("*.safetensors")):
-        raise CourseError(f"{shown(folder)}: no *.safetensors there. The course loads no other kind of weights.")
+        message = "{folder}: no *.safetensors there. The course loads no other kind of weights."
+        raise CourseError(say(message, folder=shown(folder)))
     index = folder / "model.safetensors.index.json"
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
     if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
-        mend = "Run 02_download again; if that does not bring them, the hub lacks them."
-        raise CourseError(f"{shown(folder)}: its index names weights that are missing: {', '.join(missing)}. {mend}")
+        message = (
+            "{folder}: its index names weights that are missing: {missing}. Run 02_download again; "
+            "if that does not bring them, the hub lacks them."
+        )
+        raise CourseError(say(message, folder=shown(folder), missing=", ".join(missing)))
     return folder
 
 
@@ -229,7 +248,8 @@ def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
             restart(folder)
             new.replace(folder)
         except OSError:
-            raise CourseError(f"Another notebook writes {shown(folder)} just now. Run this cell again.") from None
+            message = "Another notebook writes {folder} just now. Run this cell again."
+            raise CourseError(say(message, folder=shown(folder))) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -243,19 +263,20 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
     try:
         facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        missing = f"{shown(path)} is not there yet. Run notebook {notebook} first, then this cell again."
-        raise CourseError(missing) from None
+        message = "{path} is not there yet. Run notebook {notebook} first, then this cell again."
+        raise CourseError(say(message, path=shown(path), notebook=notebook)) from None
     if not course.data.is_file():
-        raise CourseError(f"{shown(course.data)}: no such file. Check COURSE_DATA.")
+        raise CourseError(say("{path}: no such file. Check COURSE_DATA.", path=shown(course.data)))
     if facts["data"] != hashlib.sha256(course.data.read_bytes()).hexdigest():
-        raise CourseError(f"{shown(path)} was made from other data than {shown(course.data)}. Run {notebook} again.")
+        message = "{path} was made from other data than {data}. Run {notebook} again."
+        raise CourseError(say(message, path=shown(path), data=shown(course.data), notebook=notebook))
     if facts["model"] != course.model:
-        raise CourseError(f"{shown(path)} was made for another model ({shown(facts['model'])}). Run {notebook} again.")
+        message = "{path} was made for another model ({model}). Run {notebook} again."
+        raise CourseError(say(message, path=shown(path), model=shown(facts["model"]), notebook=notebook))
     for name, value in made_with.items():
-        if facts.get(name) != value:
-            raise CourseError(
-                f"{shown(path)} was made with {name} = {facts.get(name)}, not {value}. Run {notebook} again."
-            )
+        if (found := facts.get(name)) != value:
+            message = "{path} was made with {name} = {found}, not {value}. Run {notebook} again."
+            raise CourseError(say(message, path=shown(path), name=name, found=found, value=value, notebook=notebook))
     return path
 
 
@@ -274,26 +295,35 @@ def load_rows(path: Path) -> list[dict[str, str]]:
     """
     name = shown(path)
     if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "no such file"
-        raise CourseError(f"{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.")
+        what = say("a folder, not a file") if path.is_dir() else say("no such file")
+        message = "{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json."
+        raise CourseError(say(message, name=name, what=what))
     try:
         raw = path.read_bytes()
         rows = parse(raw)
     except OSError as error:
-        raise CourseError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
+        message = "{name}: cannot be read ({reason}). Check its permissions."
+        raise CourseError(say(message, name=name, reason=error.strerror)) from None
     except ValueError as error:
         raise CourseError(f"{name}: {error}") from None
     if raw.startswith(b"\xef\xbb\xbf"):
-        print(f"{name}: begins with a byte order mark, which is skipped.")
+        print(say("{name}: begins with a byte order mark, which is skipped.", name=name))
     if not isinstance(rows, list) or not rows:
-        kind = "an empty list" if rows == [] else f"one {type(rows).__name__}"
-        raise CourseError(f"{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ].")
-    bad = [f"row {number} {problem}" for number, row in enumerate(rows, 1) for problem in row_problems(row)]
+        kind = say("an empty list") if rows == [] else say("one {kind}", kind=type(rows).__name__)
+        message = "{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ]."
+        raise CourseError(say(message, name=name, kind=kind))
+    bad = [
+        say("row {number} {problem}", number=number, problem=problem)
+        for number, row in enumerate(rows, 1)
+        for problem in row_problems(row)
+    ]
     if bad:
-        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise CourseError(f"{name}: {len(bad)} problems, nothing was trained.\n  " + "\n  ".join(bad[:10]) + more)
+        message = say("{name}: {count} problems, nothing was trained.", name=name, count=len(bad))
+        more = [say("... and {count} more", count=len(bad) - 10)] if len(bad) > 10 else []
+        raise CourseError("\n  ".join([message, *bad[:10], *more]))
     for key, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
-        print(f"{name}: {key[:30]!r} is not used (in {count} of {len(rows)} rows); only {', '.join(FIELDS)} are.")
+        message = "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are."
+        print(say(message, name=name, key=key[:30], count=count, rows=len(rows), fields=", ".join(FIELDS)))
     return [{key: row[key] for key in FIELDS} for row in rows]
 
 
@@ -325,10 +355,10 @@ def wrong_packages() -> list[str]:
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            wrong.append(f"{name}: not installed, {wanted} wanted")
+            wrong.append(say("{name}: not installed, {wanted} wanted", name=name, wanted=wanted))
             continue
         if found.split("+")[0] != wanted:
-            wrong.append(f"{name}: {found} installed, {wanted} wanted")
+            wrong.append(say("{name}: {found} installed, {wanted} wanted", name=name, found=found, wanted=wanted))
     return wrong
 
 
@@ -373,14 +403,16 @@ def recorded(folder: Path, name: str, experiment: str = "") -> dict[int, Any]:
     """
     database = folder / "runs.swanlab"
     if not database.is_file():
-        raise CourseError(f"{shown(folder)}: no local SwanLab run there. Record one with SWANLAB_MODE=local.")
+        message = "{folder}: no local SwanLab run there. Record one with SWANLAB_MODE=local."
+        raise CourseError(say(message, folder=shown(folder)))
     with closing(sqlite3.connect(database)) as connection:
         newest = "SELECT run_id, id FROM experiment WHERE ? IN ('', name) ORDER BY id DESC"
         run, number = connection.execute(newest, (experiment,)).fetchone() or ("", 0)
         where = "SELECT folder FROM tag WHERE experiment_id = ? AND name = ?"
         found = connection.execute(where, (number, name)).fetchone()
     if not found:
-        raise CourseError(f"{shown(folder)}: the newest run holds nothing under {name}.")
+        message = "{folder}: the newest run holds nothing under {name}."
+        raise CourseError(say(message, folder=shown(folder), name=name))
     lines = [line for path in (folder / run / "logs" / found[0]).glob("*.log") for line in path.open(encoding="utf-8")]
     return {entry["index"]: entry["data"] for entry in map(json.loads, lines)}
 
@@ -420,13 +452,22 @@ def _columns(text: str) -> int:
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
-    """Print a plain table; a Chinese character counts as two columns."""
+    """Print a plain table; a Chinese character counts as two columns.
+
+    In an English notebook the glosses of a row's Chinese texts stand below it, each in its column. A row without any
+    gloss, say of data of your own, has no such lines.
+    """
+
     lines = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(_columns(line[i]) for line in lines) for i in range(len(head))]
     for number, line in enumerate(lines):
         print("  ".join(cell + " " * (w - _columns(cell)) for cell, w in zip(line, widths, strict=True)).rstrip())
         if number == 0:
             print("  ".join("-" * w for w in widths))
+        if any(map(gloss, line)):
+            meant = [gloss(cell) or "(no gloss)" * bool(CHINESE.search(cell)) for cell in line]
+            for below in zip_longest(*map(textwrap.wrap, meant, widths), fillvalue=""):
+                print("  ".join(map(str.ljust, below, widths)).rstrip())
 
 
 def _token_boxes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, int, bool]]:
@@ -455,16 +496,17 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Show
     parts = []
     for text, count, trained in boxes:
         sign, colour = ("●", "#bcdcff;border-bottom:4px solid #0b4f9c") if trained else ("○", "#fff")
-        many = f"<sub>{count} tokens</sub>" if count > 1 else ""
+        many = f"<sub>{say('{count} tokens', count=count)}</sub>" if count > 1 else ""
         parts.append(f'<span style="{style}{colour}">{sign} {html.escape(text)}{many}</span>')
     count = sum(label != -100 for label in labels)
-    key = f"● trained: {count} tokens &nbsp; ○ read only: {len(ids) - count} tokens"
+    message = "● trained: {trained} tokens &nbsp; ○ read only: {read} tokens"
+    key = say(message, trained=count, read=len(ids) - count)
     lines = []
     for position, (text, many, trained) in enumerate(boxes):
         if position == 0 or trained != boxes[position - 1][2]:
-            lines.append("trained ● │" if trained else "read    ○ │")
+            lines.append(say("trained ● │") if trained else say("read    ○ │"))
         lines[-1] += text + (f"({many})" if many > 1 else "") + "│"
-    summary = f"{count} of {len(ids)} tokens are trained"
+    summary = say("{count} of {all} tokens are trained", count=count, all=len(ids))
     return Shown(f"<div>{key}</div><div>{''.join(parts)}</div>", "\n".join([*lines, summary]))
 
 
@@ -510,6 +552,24 @@ def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any
     return figure, list(grid[0])
 
 
+#: Fonts with Chinese characters: of Linux, Windows and macOS. The first one that the machine has draws them.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
+CHINESE_FONTS += ("Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "STHeiti")
+
+
+@cache
+def _chinese_font() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    there = {font.name for font in fontManager.ttflist}
+    return [name for name in CHINESE_FONTS if name in there][:1]
+
+
+def drawn(english: str, /, **holes: Any) -> str:
+    """As `say`, for words inside a picture: they stay English where the machine has no font for Chinese."""
+    return say(english, **holes) if current() == "en" or _chinese_font() else english.format(**holes)
+
+
 def mask_picture(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Shown:
     """The mask of a sample as a picture, for a record that holds no HTML: trained tokens on blue with ●."""
     rows, used = [[]], 0
@@ -527,18 +587,20 @@ def mask_picture(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> S
             box = {"facecolor": "#bcdcff" if trained else "white", "edgecolor": "#0b4f9c" if trained else "#888888"}
             plot.text(left, line, text.replace("$", r"\$"), fontsize=9, va="center", bbox={"boxstyle": "square", **box})
     count = sum(label != -100 for label in labels)
-    return picture(figure, f"Mask of a sample: ● {count} of {len(ids)} tokens are trained, ○ the others are read only.")
+    message = "Mask of a sample: ● {count} of {all} tokens are trained, ○ the others are read only."
+    return picture(figure, say(message, count=count, all=len(ids)))
 
 
 def length_picture(lengths: Sequence[int], limit: int) -> Shown:
     """How long the samples are, in tokens."""
     figure, (plot,) = axes()
     plot.hist(lengths, bins=30, color=BLUE, edgecolor="white")
-    plot.set(xlabel="tokens", ylabel="samples", title=f"Sample lengths (limit {limit})")
+    title = drawn("Sample lengths (limit {limit})", limit=limit)
+    plot.set(xlabel=drawn("tokens"), ylabel=drawn("samples"), title=title)
     middle = sorted(lengths)[len(lengths) // 2]
-    return picture(
-        figure, f"Histogram: {len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens, median {middle}."
-    )
+    message = "Histogram: {count} samples of {least} to {most} tokens, median {middle}."
+    alt = say(message, count=len(lengths), least=min(lengths), most=max(lengths), middle=middle)
+    return picture(figure, alt)
 
 
 def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
@@ -548,9 +610,12 @@ def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
     for plot, (name, values) in zip(plots, nearest.items(), strict=True):
         plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
         plot.axvline(limit, color=RED, linestyle="--")
-        plot.set(title=name, xlabel="similarity", ylabel="held-out questions")
-        said.append(f"{name}: {sum(v >= limit for v in values)} of {len(values)} at {limit:.0f} or more")
-    return picture(figure, f"Similarity of held-out to nearest kept questions. {'; '.join(said)} (dashed line).")
+        plot.set(title=name, xlabel=drawn("similarity"), ylabel=drawn("held-out questions"))
+        message = "{name}: {near} of {count} at {limit:.0f} or more"
+        near = sum(v >= limit for v in values)
+        said.append(say(message, name=name, near=near, count=len(values), limit=limit))
+    message = "Similarity of held-out to nearest kept questions. {panels} (dashed line)."
+    return picture(figure, say(message, panels="; ".join(said)))
 
 
 def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
@@ -561,11 +626,11 @@ def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
         total = sum(counts.values())
         bars = plot.barh(list(counts), [100 * count / total for count in counts.values()], color=BLUE)
         plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
-        plot.set(title=name, xlabel="% of the adapter", xlim=(0, 150))
+        plot.set(title=name, xlabel=drawn("% of the adapter"), xlim=(0, 150))
         plot.invert_yaxis()
         shares = ", ".join(f"{group} {count / total:.1%}" for group, count in counts.items())
         said.append(f"{name}: {shares}")
-    return picture(figure, f"Trainable parameters by group. {'; '.join(said)}.")
+    return picture(figure, say("Trainable parameters by group. {panels}.", panels="; ".join(said)))
 
 
 def moved_picture(sizes: dict[str, dict[int, float]]) -> Shown:
@@ -573,14 +638,13 @@ def moved_picture(sizes: dict[str, dict[int, float]]) -> Shown:
     figure, (plot,) = axes(height=3.4)
     for (name, by_layer), marker in zip(sizes.items(), "os^vDP*X<>dhp", strict=False):
         plot.plot(list(by_layer), list(by_layer.values()), marker, label=name, alpha=0.8)
-    plot.set(xlabel="layer", ylabel="root mean square of lora_B", title="Did every adapter move?", ylim=(0, None))
+    title, size = drawn("Did every adapter move?"), drawn("root mean square of lora_B")
+    plot.set(xlabel=drawn("layer"), ylabel=size, title=title, ylim=(0, None))
     plot.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     every = [value for by_layer in sizes.values() for value in by_layer.values()]
     still = sum(value == 0 for value in every)
-    return picture(
-        figure,
-        f"{len(every)} matrices lora_B; {still} stand at zero; sizes from {min(every):.4f} to {max(every):.4f}.",
-    )
+    message = "{count} matrices lora_B; {still} stand at zero; sizes from {least:.4f} to {most:.4f}."
+    return picture(figure, say(message, count=len(every), still=still, least=min(every), most=max(every)))
 
 
 def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
@@ -598,14 +662,15 @@ def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
     looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
     said = []
     for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, BLACK), strict=False):
-        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=name)
+        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=drawn(name))
         first, last = min(curve), max(curve)
-        said.append(f"{name} from {curve[first]:.2f} at step {first} to {curve[last]:.2f} at step {last}")
-    plot.set(xlabel="step", ylabel="nats a token", title="Loss while training", ylim=(0, None))
+        message = "{name} from {start:.2f} at step {first} to {end:.2f} at step {last}"
+        said.append(say(message, name=say(name), start=curve[first], first=first, end=curve[last], last=last))
+    plot.set(xlabel=drawn("step"), ylabel=drawn("nats a token"), title=drawn("Loss while training"), ylim=(0, None))
     plot.grid()
     if curves:
         plot.legend()
-    return picture(figure, f"Loss: {'; '.join(said) or 'nothing yet'}.")
+    return picture(figure, say("Loss: {curves}.", curves="; ".join(said) or say("nothing yet")))
 
 
 def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
@@ -620,7 +685,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
     said = []
     for plot, (title, array) in zip(plots, shares.items(), strict=True):
         image = plot.imshow(100 * array, cmap="Blues", vmin=0, vmax=100 * top, aspect="auto")
-        plot.set(title=title, xlabel="expert", ylabel="layer")
+        plot.set(title=title, xlabel=drawn("expert"), ylabel=drawn("layer"))
         some = range(0, len(array), -(-len(array) // 12))
         plot.set_yticks(some, [first_layer + i for i in some])
         if array.size <= 200:  # with 128 experts the figures would cover the picture
@@ -629,10 +694,12 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
                     ink = "white" if value > 0.72 * top else "black"
                     plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=8, color=ink)
         elif plot is plots[-1]:
-            figure.colorbar(image, label="% of a layer's tokens")
+            figure.colorbar(image, label=drawn("% of a layer's tokens"))
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
-        said.append(f"{title}: most used is expert {busiest[1]} of layer {first_layer + busiest[0]}, {array.max():.0%}")
-    return picture(figure, f"Share of tokens by layer and expert, in %. {'; '.join(said)}.")
+        message = "{title}: most used is expert {expert} of layer {layer}, {share:.0%}"
+        layer = first_layer + busiest[0]
+        said.append(say(message, title=title, expert=busiest[1], layer=layer, share=array.max()))
+    return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels="; ".join(said)))
 
 
 # ---------------------------------------------------------------------------------------------------- progress
@@ -641,8 +708,11 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
 def _bar(done: int, count: int, what: str, begun: float) -> Shown:
     """How far it is; the text is always the same, so that a stored output does not depend on the speed."""
     seconds = (time.monotonic() - begun) / max(done, 1) * (count - done)
-    left = f", about {seconds:.0f} s left" if 0 < done < count else ""
-    bar = f'<progress value="{done}" max="{count}" aria-label="{what}"></progress> {what}: {done} of {count}{left}'
+    message, what = "{what}: {done} of {count}", translated(what)
+    if 0 < done < count:
+        message = "{what}: {done} of {count}, about {seconds:.0f} s left"
+    text = say(message, what=what, done=done, count=count, seconds=seconds)
+    bar = f'<progress value="{done}" max="{count}" aria-label="{what}"></progress> {text}'
     return Shown(f"<div>{bar}</div>", f"{what}: {count}")
 
 
@@ -686,7 +756,7 @@ def check(given: Any, *tests: tuple[Callable[[Any], bool], str]) -> None:
             first that fails speaks; an exception in it counts as a failure and is named.
     """
     if given is ...:
-        print("○ open: put your answer in the place of ... and run both cells")
+        print(say("○ open: put your answer in the place of ... and run both cells"))
         return
     for right, advice in tests:
         try:
@@ -694,9 +764,9 @@ def check(given: Any, *tests: tuple[Callable[[Any], bool], str]) -> None:
         except Exception as error:  # the learner's code may do anything
             passed, trouble = False, f" ({type(error).__name__}: {error})"
         if not passed:
-            print(f"✗ not yet: {advice}{trouble}")
+            print(say("✗ not yet: {advice}{trouble}", advice=translated(advice), trouble=trouble))
             return
-    print("✓ right")
+    print(say("✓ right"))
 
 
 def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callable[[list[dict[str, str]]], str]) -> Any:
@@ -711,17 +781,21 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     import ipywidgets as widgets
 
     wide = widgets.Layout(width="100%")
-    question = widgets.Text(placeholder="你是谁？", description="Question", layout=widgets.Layout(width="60%"))
-    ask = widgets.Button(description="Ask", tooltip="Ask both models")
-    keep = widgets.Checkbox(description="keep the conversation", indent=False, value=False)
-    show = widgets.Checkbox(description="show the template's text", indent=False, value=False)
+    question = widgets.Text(placeholder="你是谁？", description=say("Question"), layout=widgets.Layout(width="60%"))
+    ask = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
+    keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=False)
+    show = widgets.Checkbox(description=say("show the template's text"), indent=False, value=False)
     prompt = widgets.Textarea(
-        rows=8, tooltip="what the adapter reads", layout=widgets.Layout(width="100%", display="none")
+        rows=8, tooltip=say("what the adapter reads"), layout=widgets.Layout(width="100%", display="none")
     )
+    heads = {"base": say("base"), "adapter": say("adapter")}
     columns = {
-        name: widgets.VBox([widgets.Label(name)], layout=widgets.Layout(width="50%")) for name in ("base", "adapter")
+        name: widgets.VBox([widgets.Label(head)], layout=widgets.Layout(width="50%")) for name, head in heads.items()
     }
     turns: dict[str, list[dict[str, str]]] = {name: [] for name in columns}
+
+    def meant(text: str) -> str:
+        return glossed(text) if gloss(text) else text  # most of what is typed here has no gloss
 
     def answer(_: Any) -> None:
         asked = question.value.strip() or question.placeholder
@@ -736,8 +810,10 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
             except Exception as error:  # a widget's callback has no cell to show an error in
                 said, turns[name] = f"{type(error).__name__}: {error}", []
             lines = (
-                widgets.Label(f"Q: {asked}"),
-                widgets.Textarea(said, rows=2, layout=wide, tooltip=f"answer of the {name}"),
+                widgets.Label(say("Q: {question}", question=meant(asked))),
+                widgets.Textarea(
+                    meant(said), rows=2, layout=wide, tooltip=say("answer of the {name}", name=heads[name])
+                ),
             )
             column.children = (column.children[0], *lines, *column.children[1:])
         ask.disabled = False
@@ -774,8 +850,11 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
     for file in listing:
         target = folder / file.path
         if not target.resolve().is_relative_to(folder.resolve()):
-            reason = f"{file.path!r} leads out of {shown(cache)}, so nothing was fetched."
-            raise CourseError(f"{model_id}: {reason} Check COURSE_MODEL, and that folder for links.")
+            message = (
+                "{model}: {path!r} leads out of {cache}, so nothing was fetched. "
+                "Check COURSE_MODEL, and that folder for links."
+            )
+            raise CourseError(say(message, model=model_id, path=file.path, cache=shown(cache)))
         ignored = any(fnmatch.fnmatch(file.path, pattern) for pattern in NEVER_FETCHED)
         if file.type == "tree" or ignored or (target.is_file() and target.stat().st_size == file.size):
             continue
@@ -783,8 +862,11 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
         missing.append(file.path)
         needed += file.size - (begun.stat().st_size if begun.is_file() else 0)
     if needed > (free := shutil.disk_usage(folder).free):
-        need = f"{needed / 2**20:,.0f} MiB are still to come and {free / 2**20:,.0f} MiB of disk are free"
-        raise CourseError(f"{model_id}: {need}. Free some, or set COURSE_OUTPUT to a folder on a larger disk.")
+        message = (
+            "{model}: {needed:,.0f} MiB are still to come and {free:,.0f} MiB of disk are free. "
+            "Free some, or set COURSE_OUTPUT to a folder on a larger disk."
+        )
+        raise CourseError(say(message, model=model_id, needed=needed / 2**20, free=free / 2**20))
     return missing
 
 
@@ -805,7 +887,9 @@ def download_errors(model_id: str) -> Iterator[None]:
         failed = list((getattr(error, "failed_files", None) or {"": error}).items())
         # One file's error stands for all; a full disk before others, for it may be their cause.
         name, cause = max(failed, key=lambda one: getattr(one[1], "errno", None) == errno.ENOSPC)
-        files = f": {name}" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "") if name else ""
+        files = f": {name}" if name else ""
+        if name and len(failed) > 1:
+            files += say(" and {count} more", count=len(failed) - 1)
         raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}") from None
     finally:
         client.removeFilter(no_error)
@@ -815,23 +899,28 @@ def _download_advice(name: str, error: BaseException) -> str:
     """What happened to a file (or, without a name, to the listing), and the mend."""
     from modelscope_hub import errors as hub
 
-    again = "Run this cell again: what has arrived is kept, and only the rest is fetched."
+    again = say("Run this cell again: what has arrived is kept, and only the rest is fetched.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full. Free some, or set COURSE_OUTPUT to a folder on a larger disk. {again}"
+        message = "the disk is full. Free some, or set COURSE_OUTPUT to a folder on a larger disk. {again}"
+        return say(message, again=again)
     if isinstance(error.__cause__, hub.HubError) and not isinstance(error, hub.HubError):
         error = error.__cause__  # the client wraps some in an error of `requests`
     if isinstance(error, hub.NotExistError):
         if name:
-            return "the hub lists this file and does not have it. Try again later, or another model."
-        return "the hub knows no such model. Check COURSE_MODEL for a slip of the pen."
+            return say("the hub lists this file and does not have it. Try again later, or another model.")
+        return say("the hub knows no such model. Check COURSE_MODEL for a slip of the pen.")
     if isinstance(error, (hub.AuthenticationError, hub.PermissionDeniedError)):
-        return "the hub asks who you are. Put your token in the variable MODELSCOPE_API_TOKEN, or choose an open model."
+        return say(
+            "the hub asks who you are. Put your token in the variable MODELSCOPE_API_TOKEN, or choose an open model."
+        )
     if isinstance(error, hub.FileIntegrityError):
-        return f"what arrived is not what the hub lists (length or SHA-256), so it was thrown away. Later: {again}"
+        message = "what arrived is not what the hub lists (length or SHA-256), so it was thrown away. Later: {again}"
+        return say(message, again=again)
     if isinstance(error, (hub.ServerError, hub.RateLimitError)):
-        return f"the hub is in trouble or overrun (HTTP {error.status_code}). Wait a little. {again}"
+        message = "the hub is in trouble or overrun (HTTP {status}). Wait a little. {again}"
+        return say(message, status=error.status_code, again=again)
     if isinstance(error, (hub.NetworkError, ConnectionError, TimeoutError)):
-        return f"the connection broke off or stood still, several times. Check the network. {again}"
+        return say("the connection broke off or stood still, several times. Check the network. {again}", again=again)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}. {again}"
 
 
