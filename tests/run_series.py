@@ -22,6 +22,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
+from language import current, glossed, say  # noqa: E402
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
@@ -64,20 +65,28 @@ def run(path: Path, output: Path, cell_seconds: int) -> tuple[nbformat.NotebookN
 def summary(course: utils.Settings, seconds: float) -> None:
     """Print the before and after, the figures, and how to see the run."""
     figures = json.loads((course.output / "report.json").read_text(encoding="utf-8"))
-    print("\nBefore and after (greedy decoding)")
+    print("\n" + say("Before and after (greedy decoding)"))
     for question, base, adapter in figures["before_after"]:
-        print(f"  {question}\n    base     {base}\n    adapter  {adapter}")
+        print(f"  {glossed(question)}")
+        print(say("    base     {answer}", answer=glossed(base)))
+        print(say("    adapter  {answer}", answer=glossed(adapter)))
     for name, (base, adapter) in figures["heldout"].items():
-        print(f"\n{'On ' + name:42} base   adapter")
-        print(f"  loss, nats a token                     {base[0]:6.2f}    {adapter[0]:6.2f}")
-        print(f"  stops by itself                        {base[1]:6.0%}    {adapter[1]:6.0%}")
-        print(f"  in role, by the rule of notebook 06    {base[2]:6.0%}    {adapter[2]:6.0%}")
-    print(
-        f"\n{seconds / 60:.1f} minutes in all, {figures['training_seconds'] / 60:.1f} of them training; "
-        f"the training kernel held at most {figures['training_kernel_gib']:.2f} GiB."
+        on = say("On {name}", name=say(name))
+        lines = [(say("loss, nats a token"), *(f"{one[0]:.2f}" for one in (base, adapter)))]
+        lines += [
+            (what, *(f"{one[place]:.0%}" for one in (base, adapter)))
+            for place, what in ((1, say("stops by itself")), (2, say("in role, by the rule of notebook 06")))
+        ]
+        print()
+        utils.table(lines, (on, say("base"), say("adapter")))
+    message = (
+        "{minutes:.1f} minutes in all, {training:.1f} of them training; the training kernel held at most {gib:.2f} GiB."
     )
-    print(f"Executed notebooks, adapter and SwanLab run are in {utils.shown(course.output)}/.")
-    print("See the run in the SwanLab dashboard:  make dashboard")
+    training, gib = figures["training_seconds"] / 60, figures["training_kernel_gib"]
+    print("\n" + say(message, minutes=seconds / 60, training=training, gib=gib))
+    message = "Executed notebooks, adapter and SwanLab run are in {folder}/."
+    print(say(message, folder=utils.shown(course.output)))
+    print(say("See the run in the SwanLab dashboard:  make dashboard"))
 
 
 def main() -> int:
@@ -96,7 +105,7 @@ def main() -> int:
     executed.mkdir(parents=True, exist_ok=True)
     (course.output / "report.json").unlink(missing_ok=True)
     started = time.time()
-    paths = sorted((ROOT / "notebooks" / "en").glob("0*.ipynb"))
+    paths = sorted((ROOT / "notebooks" / current()).glob("0*.ipynb"))
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun = time.time()
@@ -104,13 +113,13 @@ def main() -> int:
             notebook, cost = run(path, course.output, options.cell_seconds)
         except (CellExecutionError, DeadKernelError, TimeoutError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
-            print(f"FAILED after {time.time() - begun:.0f} s\n{reason}")
+            print(say("FAILED after {seconds:.0f} s", seconds=time.time() - begun), reason, sep="\n")
             return 1
         record(course.output, path.stem, **cost)
         if options.store:
             write(notebook, path.stem, cost)
         nbformat.write(notebook, path if options.store else executed / path.name)
-        print(f"{cost['seconds']:5.0f} s  {cost['memory_mib']:6,.0f} MiB of memory")
+        print(say("{seconds:5.0f} s  {mib:6,.0f} MiB of memory", seconds=cost["seconds"], mib=cost["memory_mib"]))
     summary(course, time.time() - started)
     return 0
 
