@@ -38,9 +38,14 @@ def translated(english: str) -> str:
     return table("words.json", current()).get(english, english)
 
 
+def say_in(language: str, english: str, /, **holes: Any) -> str:
+    """The text in that language, its {holes} filled in as `str.format` does."""
+    return table("words.json", language).get(english, english).format(**holes)
+
+
 def say(english: str, /, **holes: Any) -> str:
-    """The text in the language of the notebook, its {holes} filled in as `str.format` does."""
-    return translated(english).format(**holes)
+    """The same in the language of the notebook."""
+    return say_in(current(), english, **holes)
 
 
 def gloss(text: str) -> str:

@@ -466,7 +466,7 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
             print("  ".join("-" * w for w in widths))
         if any(map(gloss, line)):
             meant = [gloss(cell) or "(no gloss)" * bool(CHINESE.search(cell)) for cell in line]
-            for below in zip_longest(*map(textwrap.wrap, meant, widths), fillvalue=""):
+            for below in zip_longest(*map(textwrap.wrap, meant, (max(w, 1) for w in widths)), fillvalue=""):
                 print("  ".join(map(str.ljust, below, widths)).rstrip())
 
 
@@ -615,7 +615,7 @@ def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
         near = sum(v >= limit for v in values)
         said.append(say(message, name=name, near=near, count=len(values), limit=limit))
     message = "Similarity of held-out to nearest kept questions. {panels} (dashed line)."
-    return picture(figure, say(message, panels="; ".join(said)))
+    return picture(figure, say(message, panels=say("; ").join(said)))
 
 
 def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
@@ -630,7 +630,7 @@ def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
         plot.invert_yaxis()
         shares = ", ".join(f"{group} {count / total:.1%}" for group, count in counts.items())
         said.append(f"{name}: {shares}")
-    return picture(figure, say("Trainable parameters by group. {panels}.", panels="; ".join(said)))
+    return picture(figure, say("Trainable parameters by group. {panels}.", panels=say("; ").join(said)))
 
 
 def moved_picture(sizes: dict[str, dict[int, float]]) -> Shown:
@@ -670,7 +670,7 @@ def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
     plot.grid()
     if curves:
         plot.legend()
-    return picture(figure, say("Loss: {curves}.", curves="; ".join(said) or say("nothing yet")))
+    return picture(figure, say("Loss: {curves}.", curves=say("; ").join(said) or say("nothing yet")))
 
 
 def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
@@ -699,7 +699,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
         message = "{title}: most used is expert {expert} of layer {layer}, {share:.0%}"
         layer = first_layer + busiest[0]
         said.append(say(message, title=title, expert=busiest[1], layer=layer, share=array.max()))
-    return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels="; ".join(said)))
+    return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels=say("; ").join(said)))
 
 
 # ---------------------------------------------------------------------------------------------------- progress

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +24,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
+from language import LANGUAGES, say_in  # noqa: E402
 
 #: Which notebook must have run before. The notebooks check it themselves; a test compares.
 NEEDS = {
@@ -66,18 +68,25 @@ def record(folder: Path, name: str, seconds: float, memory_mib: float, disk_mib:
     path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
 
 
-def table(data: dict[str, Any]) -> str:
+def table(data: dict[str, Any], language: str = "en") -> str:
     """The header as a Markdown table."""
-    gpu = f"{data['minutes_gpu']} minutes on one {data['gpu']}" if "minutes_gpu" in data else "not measured on a GPU"
-    needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else "nothing"
-    versions = ", ".join(f"{name} {pin}" for name, pin in sorted(data["packages"].items())) or "the standard library"
-    rows = [
-        ("time, bundled model", f"{data['minutes_cpu']} minutes on two CPU cores; {gpu}"),
-        ("memory, disk", f"{data['memory_mib']:,} MiB at most; writes {data['disk_mib']:,} MiB"),
-        ("needs from earlier", needs),
-        ("last verified", f"{data['verified']} with {versions}"),
+    say = partial(say_in, language)
+    gpu = say("not measured on a GPU")
+    if "minutes_gpu" in data:
+        gpu = say("{minutes} minutes on one {gpu}", minutes=data["minutes_gpu"], gpu=data["gpu"])
+    needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else say("nothing")
+    versions = ", ".join(f"{name} {pin}" for name, pin in sorted(data["packages"].items()))
+    versions = versions or say("the standard library")
+    message = "{minutes} minutes on two CPU cores; {gpu}"
+    rows = [(say("time, bundled model"), say(message, minutes=data["minutes_cpu"], gpu=gpu))]
+    message = "{memory:,} MiB at most; writes {disk:,} MiB"
+    rows += [
+        (say("memory, disk"), say(message, memory=data["memory_mib"], disk=data["disk_mib"])),
+        (say("needs from earlier"), needs),
+        (say("last verified"), say("{date} with {versions}", date=data["verified"], versions=versions)),
     ]
-    return "| this notebook | |\n|---|---|\n" + "\n".join(f"| {what} | {value} |" for what, value in rows)
+    lines = [f"| {what} | {value} |" for what, value in [(say("this notebook"), ""), *rows]]
+    return "\n".join([lines[0].replace("|  |", "| |"), "|---|---|", *lines[1:]])
 
 
 def contents(notebook: nbformat.NotebookNode) -> str:
@@ -88,11 +97,11 @@ def contents(notebook: nbformat.NotebookNode) -> str:
     return " · ".join(f"[{title}](#{quote(title.replace('`', '').replace(' ', '-'))})" for title in titles)
 
 
-def neighbours(name: str) -> str:
+def neighbours(name: str, language: str = "en") -> str:
     """Links to the notebook before and the one after, and to the list of all."""
     names = sorted(path.stem for path in (ROOT / "notebooks" / "en").glob("*.ipynb"))
     place = names.index(name)
-    links = ["[all notebooks](../../README.md)"]
+    links = [say_in(language, "[all notebooks](../../README.md)")]
     if place > 0:
         links.insert(0, f"← [{names[place - 1]}]({names[place - 1]}.ipynb)")
     if place + 1 < len(names):
@@ -100,12 +109,15 @@ def neighbours(name: str) -> str:
     return " · ".join(links)
 
 
-def head(notebook: nbformat.NotebookNode, name: str) -> str:
+def head(notebook: nbformat.NotebookNode, name: str, language: str = "en") -> str:
     """The whole header: table, contents, neighbours."""
-    return f"{table(notebook.metadata['course'])}\n\n{contents(notebook)}\n\n{neighbours(name)}"
+    data = notebook.metadata["course"]
+    return f"{table(data, language)}\n\n{contents(notebook)}\n\n{neighbours(name, language)}"
 
 
-def write(notebook: nbformat.NotebookNode, name: str, cost: dict[str, float] | None = None) -> None:
+def write(
+    notebook: nbformat.NotebookNode, name: str, cost: dict[str, float] | None = None, language: str = "en"
+) -> None:
     """Put the header into the notebook: new figures from `cost`, the others as they stand; an old header goes."""
     data = dict(notebook.metadata.get("course", {}))
     if cost:
@@ -121,12 +133,12 @@ def write(notebook: nbformat.NotebookNode, name: str, cost: dict[str, float] | N
     notebook.cells = cells
     made = [
         nbformat.v4.new_markdown_cell(text, id=f"{name[:2]}-{tag}", metadata={"tags": [tag]})
-        for tag, text in (("header", head(notebook, name)), ("footer", neighbours(name)))
+        for tag, text in (("header", head(notebook, name, language)), ("footer", neighbours(name, language)))
     ]
     notebook.cells = [cells[0], made[0], *cells[1:], made[1]]
 
 
-def problems(notebook: nbformat.NotebookNode, name: str) -> list[str]:
+def problems(notebook: nbformat.NotebookNode, name: str, language: str = "en") -> list[str]:
     """What is wrong with a notebook's header in itself, one line each."""
     data = notebook.metadata.get("course")
     shown = {
@@ -136,7 +148,7 @@ def problems(notebook: nbformat.NotebookNode, name: str) -> list[str]:
     if not data or any(len(sources) != 1 for sources in shown.values()):
         return [f"{name}: no header or no footer; run `make store`"]
     found = []
-    if shown["header"] != [head(notebook, name)] or shown["footer"] != [neighbours(name)]:
+    if shown["header"] != [head(notebook, name, language)] or shown["footer"] != [neighbours(name, language)]:
         mend = "run `python tests/headers.py` or `make store`"
         found.append(f"{name}: header or footer are not what metadata and titles say; {mend}")
     if data["packages"] != packages(notebook):
@@ -162,13 +174,13 @@ def differences(data: dict[str, Any], cost: dict[str, float], name: str) -> list
 def main(folder: Path | None = None) -> None:
     """Write the headers anew; with a folder, the minutes of its run on a GPU too."""
     measured = json.loads((folder / "measured.json").read_text(encoding="utf-8")) if folder else {}
-    for file in sorted((ROOT / "notebooks" / "en").glob("*.ipynb")):
+    for file in sorted(file for one in LANGUAGES for file in (ROOT / "notebooks" / one).glob("*.ipynb")):
         notebook = nbformat.read(file, as_version=4)
         if folder:
             gpu = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gpus"][0]
             minutes = max(0.1, round(measured[file.stem]["seconds"] / 60, 1))
             notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": gpu}
-        write(notebook, file.stem)
+        write(notebook, file.stem, language=file.parent.name)
         nbformat.write(notebook, file)
 
 

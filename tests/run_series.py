@@ -2,6 +2,8 @@
 
 `python tests/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
 with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
+The language is that of `COURSE_LANGUAGE`. With `--share` the training is resumed near its end instead of repeated, from
+the output folder of an earlier run; the other language needs no more.
 With `--cell-seconds N` a cell may take so long; several learners on one machine need it.
 """
 
@@ -14,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import languages
 import nbformat
 from headers import folder_mib, peak_mib, record, write
 from nbclient import NotebookClient
@@ -93,6 +96,7 @@ def main() -> int:
     """Run the series; 0 when every notebook ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="store_true", help="store outputs and headers in the notebooks")
+    parser.add_argument("--share", action="store_true", help="resume the training that an earlier run has finished")
     parser.add_argument("--cell-seconds", type=int, default=900, help="limit of a cell with the bundled model")
     options = parser.parse_args()
     try:
@@ -110,14 +114,19 @@ def main() -> int:
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun = time.time()
         try:
+            if options.share and path.stem == "05_lora_training":
+                languages.share(course.output)
             notebook, cost = run(path, course.output, options.cell_seconds)
         except (CellExecutionError, DeadKernelError, TimeoutError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             print(say("FAILED after {seconds:.0f} s", seconds=time.time() - begun), reason, sep="\n")
             return 1
         record(course.output, path.stem, **cost)
-        if options.store:
+        if options.store and current() == "en":
             write(notebook, path.stem, cost)
+        elif options.store:  # figures and all that no helper says come from the English run
+            english = nbformat.read(languages.EN / path.name, as_version=4)
+            notebook = languages.stored(english, notebook, path.stem)
         nbformat.write(notebook, path if options.store else executed / path.name)
         print(say("{seconds:5.0f} s  {mib:6,.0f} MiB of memory", seconds=cost["seconds"], mib=cost["memory_mib"]))
     summary(course, time.time() - started)
