@@ -6,8 +6,10 @@ PORT ?= 5092
 LEARNERS ?= 8
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
+# The language of run, lab and test:  make run COURSE_LANGUAGE=zh
+export COURSE_LANGUAGE ?= en
 
-.PHONY: setup run lab dashboard test test-faults lint benchmark workshop store model clean
+.PHONY: setup run lab dashboard test test-both test-faults lint benchmark workshop store model clean
 
 setup: $(VENV)/ready
 
@@ -24,15 +26,19 @@ run: setup
 	@$(BIN)/python tests/run_series.py
 
 lab: setup
-	@PYTHONSTARTUP=$(CURDIR)/startup.py $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/en/01_environment.ipynb
+	@PYTHONSTARTUP=$(CURDIR)/startup.py $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
 	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)
 
 test: lint
 	@$(BIN)/python -m pytest -q tests --ignore-glob='*/test_faults_*'
-	@$(BIN)/python tests/run_nbval.py notebooks/en
+	@$(BIN)/python tests/run_nbval.py notebooks/$(COURSE_LANGUAGE)
 	@$(BIN)/python -m pytest -q tests/exercises.py
+
+# After make test: the Chinese series too, on the training that the English one has left in output/test.
+test-both: test
+	@$(BIN)/python tests/run_nbval.py --share notebooks/zh
 
 # Killed, cut off, filled up, run out of order: what happens then. The table of faults is tests/faults.md.
 test-faults: setup
@@ -49,9 +55,11 @@ workshop: setup
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# Run the series and keep the outputs in the notebooks.
+# Run the series in both languages and keep the outputs in the notebooks.
 store: setup
-	@rm -rf output && $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
+	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
+	@$(BIN)/python tests/languages.py sync
+	@COURSE_LANGUAGE=zh $(BIN)/python tests/run_series.py --store --share
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
 model: CORPUS := $(abspath $(CORPUS))

@@ -1,7 +1,8 @@
 """Runs every exercise of the series: open, wrong and solved, each through its check cell.
 
 Run after `tests/run_nbval.py notebooks/en`, whose adapter in `output/test` the exercises of notebook 06 use:
-`python -m pytest -q tests/exercises.py`
+`python -m pytest -q tests/exercises.py`. `COURSE_LANGUAGE` says in which language. One is enough: their exercises are
+the same cells, and `tests/test_languages.py` compares the solutions.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import LANGUAGE
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
-#: What the exercises of a notebook do not use and what would take minutes: from the first heading up to the second.
+NOTEBOOKS = sorted((ROOT / "notebooks" / LANGUAGE).glob("*.ipynb"))
+#: What the exercises of a notebook do not use and what would take minutes: from the first cell up to the second.
 NOT_NEEDED = {
-    "05_lora_training": ("## 8 `TrainingArguments`", "## Exercises"),
-    "07_failure_lab": ("## 1 The answer comes", "## 8 Tools"),
-    "08_full_size": ("## 5 Start it", "## Exercises"),
+    "05_lora_training": ("05-39", "05-67"),
+    "07_failure_lab": ("07-18", "07-97"),
+    "08_full_size": ("08-28", "08-58"),
 }
+#: The words that every exercise has, in both languages.
+TITLE = re.compile(r"### ((?:Exercise|练习) \d · (reading|changing|building|阅读|修改|实现).*)")
+HINT = re.compile("<summary>(?:Hint|提示)</summary>")
+SOLUTION = re.compile(r"<summary>(?:Solution|参考答案)</summary>\n\n```python\n(.+?)```", re.DOTALL)
 #: Which folders of an earlier run a notebook reads.
 READS = {
     "04_chat_template": ["rows"],
@@ -45,12 +51,12 @@ def exercises(notebook: nbformat.NotebookNode) -> list[tuple[int, str, str, str]
         if "exercise" not in cell.metadata:
             continue
         task, check, after = notebook.cells[place - 1], notebook.cells[place + 1], notebook.cells[place + 2]
-        title = re.search(r"### (Exercise \d · (?:reading|changing|building).*)", task.source)
+        title = TITLE.search(task.source)
         assert title, f"no heading above cell {cell.id}"
-        assert "<summary>Hint</summary>" in task.source, f"{title[1]}: no hint"
+        assert HINT.search(task.source), f"{title[1]}: no hint"
         assert re.search(r"= \.\.\.", cell.source), f"{title[1]}: the stored answer is not open"
         assert "check" in check.metadata.get("tags", []), f"{title[1]}: no check cell"
-        solution = re.search(r"<summary>Solution</summary>\n\n```python\n(.+?)```", after.source, re.DOTALL)
+        solution = SOLUTION.search(after.source)
         assert solution, f"{title[1]}: no solution"
         found.append((place, title[1], cell.metadata["exercise"]["wrong"], solution[1]))
     return found
@@ -61,8 +67,8 @@ def with_answers(notebook: nbformat.NotebookNode, skip: tuple[str, str] | None) 
     answers = {place: (wrong, solution) for place, _, wrong, solution in exercises(notebook)}
     cells, skipping = [], False
     for place, cell in enumerate(notebook.cells):
-        if skip and cell.cell_type == "markdown":
-            skipping = skip[0] in cell.source or (skipping and skip[1] not in cell.source)
+        if skip and cell.id in skip:
+            skipping = cell.id == skip[0]
         if skipping:
             continue
         cells.append(cell)
@@ -96,7 +102,7 @@ def test_every_exercise_tells_right_from_wrong(path, monkeypatch):
         if kind := cell.metadata.get("exercise_test"):
             said[kind].append("".join(output.get("text", "") for output in cell.outputs))
     for number, title in enumerate(titles):
-        assert said["open"][number].startswith("○ open"), (title, said["open"][number])
-        assert said["wrong"][number].startswith("✗ not yet: "), (title, said["wrong"][number])
+        assert said["open"][number].startswith(("○ open", "○ 待作答")), (title, said["open"][number])
+        assert said["wrong"][number].startswith(("✗ not yet: ", "✗ 还不对：")), (title, said["wrong"][number])
         assert "Error:" not in said["wrong"][number], f"{title}: the wrong answer only crashes"
-        assert said["solved"][number] == "✓ right\n", (title, said["solved"][number])
+        assert said["solved"][number] in ("✓ right\n", "✓ 正确\n"), (title, said["solved"][number])

@@ -1,12 +1,16 @@
-"""Checks notebooks against their stored outputs: `python tests/run_nbval.py FOLDER [SECONDS A CELL]`.
+"""Checks notebooks against their stored outputs: `python tests/run_nbval.py FOLDER [--share] [--cell-seconds N]`.
 
 First what needs no kernel: every code cell was executed in one clean run, and a cell whose output is not compared says
 why. Then nbval, strict, in the order of the file names, with a fresh `output/test` for all that the notebooks write.
 Last, what each notebook cost is compared with its header.
+
+With `--share`, for the series in a second language, `output/test` stays: the training that an earlier call finished
+there is resumed near its end. Cells that show this are not compared, and costs neither; the earlier call did both.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -15,10 +19,11 @@ import sys
 from pathlib import Path
 
 import headers
+import languages
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = ROOT / "notebooks" / "en"
+SERIES = (languages.EN, languages.ZH)
 CELL_SECONDS = 400
 
 
@@ -26,7 +31,7 @@ def problems(path: Path) -> list[str]:
     """What is wrong with the stored form of a notebook, one line each."""
     notebook = nbformat.read(path, as_version=4)
     cells = [c for c in notebook.cells if c.cell_type == "code"]
-    found = headers.problems(notebook, path.stem) if path.parent == NOTEBOOKS else []
+    found = headers.problems(notebook, path.stem, path.parent.name) if path.parent in SERIES else []
     counts = [cell.execution_count for cell in cells]
     if counts != list(range(1, len(cells) + 1)):
         found.append("not one clean run: execution counts are not 1, 2, 3, ...; run `make store`")
@@ -40,7 +45,7 @@ def problems(path: Path) -> list[str]:
     return [f"{path.name}: {line}" for line in found]
 
 
-def main(folder: Path, cell_seconds: int) -> int:
+def main(folder: Path, cell_seconds: int, share: bool = False) -> int:
     """0 when all is as stored."""
     paths = sorted(folder.glob("*.ipynb"))
     found = [line for path in paths for line in problems(path)]
@@ -48,14 +53,18 @@ def main(folder: Path, cell_seconds: int) -> int:
         print("\n".join(found) or f"{folder}: no notebooks there")
         return 1
     output = "output/test"
-    shutil.rmtree(ROOT / output, ignore_errors=True)
+    if share:
+        languages.share(ROOT / output)
+    else:
+        shutil.rmtree(ROOT / output, ignore_errors=True)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("COURSE_", "SWANLAB_"))}
     environment |= {"COURSE_OUTPUT": output, "PYTHONPATH": str(ROOT / "tests"), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"NOT_COMPARED": " ".join(languages.RESUMED)} if share else {}
     options = ["-p", "nbval_guard", "--nbval", f"--nbval-cell-timeout={cell_seconds}", "--durations=5", "-q"]
     options += [f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval_sanitize.cfg'}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, paths)]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    if code == 0 and folder == NOTEBOOKS:
+    if code == 0 and folder in SERIES and not share:
         measured = json.loads((ROOT / output / "measured.json").read_text(encoding="utf-8"))
         for path in paths:
             course = nbformat.read(path, as_version=4).metadata["course"]
@@ -65,4 +74,9 @@ def main(folder: Path, cell_seconds: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else CELL_SECONDS))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--share", action="store_true", help="resume the training that is in output/test")
+    parser.add_argument("--cell-seconds", type=int, default=CELL_SECONDS)
+    chosen = parser.parse_args()
+    sys.exit(main(chosen.folder.resolve(), chosen.cell_seconds, chosen.share))

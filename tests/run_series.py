@@ -101,7 +101,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         course = utils.settings()
-    except utils.CourseError as error:
+        if options.share:
+            languages.share(course.output)
+    except (utils.CourseError, FileNotFoundError) as error:
         print(error)
         return 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -114,8 +116,6 @@ def main() -> int:
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun = time.time()
         try:
-            if options.share and path.stem == "05_lora_training":
-                languages.share(course.output)
             notebook, cost = run(path, course.output, options.cell_seconds)
         except (CellExecutionError, DeadKernelError, TimeoutError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
