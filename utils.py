@@ -457,7 +457,6 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
     In an English notebook the glosses of a row's Chinese texts stand below it, each in its column. A row without any
     gloss, say of data of your own, has no such lines.
     """
-
     lines = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(_columns(line[i]) for line in lines) for i in range(len(head))]
     for number, line in enumerate(lines):

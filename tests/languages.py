@@ -16,7 +16,6 @@ import copy
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -42,9 +41,6 @@ MADE = {"header", "footer"}  # tags of the cells that headers.py writes
 HELPERS = ("utils.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py", "tests/run_series.py")
 MODULES = {Path(name).stem for name in HELPERS}
 SAY = {"say", "drawn", "glossed", "gloss", "translated"}
-#: The Chinese series resumes the English one's training (`share`). What these cells show then tells of the resuming;
-#: their output is stored from the run that trained, with the pictures of the other one.
-RESUMED = {"05-50b", "05-52", "05-58"}
 
 
 # ------------------------------------------------------------------------------------------- where a helper speaks
@@ -137,48 +133,19 @@ def stored(english: nbformat.NotebookNode, executed: nbformat.NotebookNode, name
     """
     may_differ, own = speaking(english), {cell.id: cell for cell in executed.cells}
     for cell in english.cells:
-        if cell.cell_type == "code" and cell.id not in may_differ | RESUMED and compared(cell):
+        if cell.cell_type == "code" and cell.id not in may_differ and compared(cell):
             shown = [
                 "".join(output.get("text", "") for output in one.outputs if output.output_type == "stream")
                 for one in (cell, own[cell.id])
             ]
             if shown[0] != shown[1]:
                 raise ValueError(f"{name}: cell {cell.id} has another output in Chinese, though no helper speaks in it")
-    made = synced(english, executed, name)
-    for cell, first in zip(made.cells, english.cells, strict=True):
-        if cell.id in RESUMED and cell.cell_type == "code":
-            drawn = iter([output for output in cell.outputs if "<figure>" in html_of(output)])
-            cell.outputs = [
-                next(drawn, output) if "<figure>" in html_of(output) else output
-                for output in copy.deepcopy(first.outputs)
-            ]
-    return made
-
-
-def html_of(output: Any) -> str:
-    """The HTML of an output, or nothing."""
-    return output.get("data", {}).get("text/html", "")
+    return synced(english, executed, name)
 
 
 def compared(cell: nbformat.NotebookNode) -> bool:
     """Whether nbval compares the cell's output."""
     return "nbval-ignore-output" not in cell.metadata.get("tags", [])
-
-
-def share(output: Path) -> None:
-    """Leave a finished run so that notebook 05 resumes it from its last checkpoint but one.
-
-    Resuming ends with the very numbers of a run without a break; `tests/test_training.py` holds it to that.
-
-    Raises:
-        FileNotFoundError: no finished run there, or one with fewer than two checkpoints.
-    """
-    run = output / "lora"
-    checkpoints = sorted(run.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if len(checkpoints) < 2 or not (run / "made_from.json").is_file():
-        raise FileNotFoundError(f"{run}: no finished run to share; execute the English series first")
-    (run / "made_from.json").unlink()
-    shutil.rmtree(checkpoints[-1])
 
 
 # --------------------------------------------------------------------------------------------- what is wrong
@@ -297,7 +264,7 @@ def problems(complete: bool = COMPLETE) -> list[str]:
     for name, files in (notebook_pairs() | document_pairs()).items():
         missing = [path for path in files if not path.is_file()]
         if missing and (complete or missing[0] == files[0]):
-            found += [f"{path.relative_to(ROOT)}: not there" for path in missing]
+            found += [f"{name}: {'/'.join(path.parts[-3:])} is not there" for path in missing]
         elif not missing and files[0].suffix == ".ipynb":
             found += notebook_problems(
                 *(nbformat.read(path, as_version=4) for path in files), name, marks.get(name, ())
@@ -352,12 +319,6 @@ def misused(text: str, forbidden: dict[str, set[str]]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- commands
 
 
-def write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write a notebook as the others are written."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
 def sync() -> None:
     """Make notebooks/zh follow notebooks/en."""
     for name, (english, chinese) in notebook_pairs().items():
@@ -365,7 +326,8 @@ def sync() -> None:
             chinese.unlink()
             continue
         old = nbformat.read(chinese, as_version=4) if chinese.is_file() else None
-        write(synced(nbformat.read(english, as_version=4), old, name), chinese)
+        chinese.parent.mkdir(exist_ok=True)
+        nbformat.write(synced(nbformat.read(english, as_version=4), old, name), chinese)
 
 
 def mark(only: list[str]) -> None:

@@ -2,8 +2,7 @@
 
 `python tests/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
 with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
-The language is that of `COURSE_LANGUAGE`. With `--share` the training is resumed near its end instead of repeated, from
-the output folder of an earlier run; the other language needs no more.
+The language is that of `COURSE_LANGUAGE`.
 With `--cell-seconds N` a cell may take so long; several learners on one machine need it.
 """
 
@@ -96,14 +95,11 @@ def main() -> int:
     """Run the series; 0 when every notebook ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="store_true", help="store outputs and headers in the notebooks")
-    parser.add_argument("--share", action="store_true", help="resume the training that an earlier run has finished")
     parser.add_argument("--cell-seconds", type=int, default=900, help="limit of a cell with the bundled model")
     options = parser.parse_args()
     try:
         course = utils.settings()
-        if options.share:
-            languages.share(course.output)
-    except (utils.CourseError, FileNotFoundError) as error:
+    except utils.CourseError as error:
         print(error)
         return 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
