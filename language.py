@@ -1,8 +1,8 @@
 """The language of what the course says to a learner: that of the notebook it is said in.
 
 English stands in the code. `notebooks/zh/words.json` holds the Chinese of each such text under the English one, and
-`notebooks/en/glosses.json` the English of the Chinese dialogue that the notebooks show. `tests/test_languages.py` finds
-every text in the code and says what is missing.
+`notebooks/en/glosses.json` the English of the Chinese dialogue that the notebooks show. A text goes to `say` as it
+stands, or by a variable called `message`, so that `tests/test_languages.py` finds it and says what is missing.
 """
 
 from __future__ import annotations

@@ -609,10 +609,10 @@ def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
     for plot, (name, values) in zip(plots, nearest.items(), strict=True):
         plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
         plot.axvline(limit, color=RED, linestyle="--")
-        plot.set(title=name, xlabel=drawn("similarity"), ylabel=drawn("held-out questions"))
+        plot.set(title=drawn(name), xlabel=drawn("similarity"), ylabel=drawn("held-out questions"))
         message = "{name}: {near} of {count} at {limit:.0f} or more"
         near = sum(v >= limit for v in values)
-        said.append(say(message, name=name, near=near, count=len(values), limit=limit))
+        said.append(say(message, name=say(name), near=near, count=len(values), limit=limit))
     message = "Similarity of held-out to nearest kept questions. {panels} (dashed line)."
     return picture(figure, say(message, panels=say("; ").join(said)))
 
@@ -623,12 +623,12 @@ def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
     said = []
     for plot, (name, counts) in zip(plots, groups.items(), strict=True):
         total = sum(counts.values())
-        bars = plot.barh(list(counts), [100 * count / total for count in counts.values()], color=BLUE)
+        bars = plot.barh(list(map(drawn, counts)), [100 * count / total for count in counts.values()], color=BLUE)
         plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
-        plot.set(title=name, xlabel=drawn("% of the adapter"), xlim=(0, 150))
+        plot.set(title=drawn(name), xlabel=drawn("% of the adapter"), xlim=(0, 150))
         plot.invert_yaxis()
-        shares = ", ".join(f"{group} {count / total:.1%}" for group, count in counts.items())
-        said.append(f"{name}: {shares}")
+        shares = ", ".join(f"{say(group)} {count / total:.1%}" for group, count in counts.items())
+        said.append(f"{say(name)}: {shares}")
     return picture(figure, say("Trainable parameters by group. {panels}.", panels=say("; ").join(said)))
 
 
@@ -684,7 +684,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
     said = []
     for plot, (title, array) in zip(plots, shares.items(), strict=True):
         image = plot.imshow(100 * array, cmap="Blues", vmin=0, vmax=100 * top, aspect="auto")
-        plot.set(title=title, xlabel=drawn("expert"), ylabel=drawn("layer"))
+        plot.set(title=drawn(title), xlabel=drawn("expert"), ylabel=drawn("layer"))
         some = range(0, len(array), -(-len(array) // 12))
         plot.set_yticks(some, [first_layer + i for i in some])
         if array.size <= 200:  # with 128 experts the figures would cover the picture
@@ -697,7 +697,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
         message = "{title}: most used is expert {expert} of layer {layer}, {share:.0%}"
         layer = first_layer + busiest[0]
-        said.append(say(message, title=title, expert=busiest[1], layer=layer, share=array.max()))
+        said.append(say(message, title=say(title), expert=busiest[1], layer=layer, share=array.max()))
     return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels=say("; ").join(said)))
 
 

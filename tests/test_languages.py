@@ -22,7 +22,8 @@ GLOSSES = json.loads((languages.EN / "glosses.json").read_text(encoding="utf-8")
 SOURCES = [ROOT / name for name in (*languages.HELPERS, "tests/headers.py")]
 #: Texts that reach `say` as the value of a variable: names of curves, terms of a plan, sets of questions, bars.
 BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "gathered layers", "adapter and optimiser"}
-BY_NAME |= {"activations", "rest", "steps"}
+BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared experts", "routed experts", "this model"}
+BY_NAME |= {"by row", "by group", "prose, base", "her answers, base", "prose, adapter", "her answers, adapter"}
 #: English in both languages: notebook 08 and the bar of `utils.watched` read these lines.
 READ_BY_CODE = {"resuming from", "nothing: a new run", "step ", "train.py: "}
 SAYS = {"say", "drawn", "say_in", "glossed"}
