@@ -29,8 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import headers  # noqa: E402
 
-from language import CHINESE  # noqa: E402
-
 EN, ZH = ROOT / "notebooks" / "en", ROOT / "notebooks" / "zh"
 MARKS = ROOT / "notebooks" / "matching.json"
 #: Whether every notebook and document must have its Chinese; until all is translated, what is there is checked.
@@ -272,47 +270,6 @@ def problems(complete: bool = COMPLETE) -> list[str]:
         elif not missing:
             texts = (path.read_text(encoding="utf-8") for path in files)
             found += document_problems(*texts, name, marks.get(name, ()))
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------- terms
-
-
-def forbidden_terms(glossary: str) -> dict[str, set[str]]:
-    """Forbidden variant to the terms of its row, from the tables whose head has a column called `not`, or 不用."""
-    found: dict[str, set[str]] = {}
-    columns: list[int] = []
-    for line in glossary.splitlines():
-        cells = [cell.strip().strip("`*") for cell in line.strip().strip("|").split("|")]
-        if not line.lstrip().startswith("|"):
-            columns = []
-        elif not columns:
-            columns = [place for place, cell in enumerate(cells) if re.match(r"(not\b|不用)", cell, re.IGNORECASE)]
-        elif not set(line) <= set("|-: "):
-            said = {cell for place, cell in enumerate(cells) if place not in columns}
-            variants = {v.strip().strip("`*") for place in columns if place < len(cells) for v in split(cells[place])}
-            for variant in variants - {"", "-", "—", "–"}:
-                found.setdefault(variant, set()).update(said)
-    return found
-
-
-def split(cell: str) -> list[str]:
-    """The variants in a cell of the glossary."""
-    return re.split("[,;、，；/]", cell)
-
-
-def misused(text: str, forbidden: dict[str, set[str]]) -> list[str]:
-    """Forbidden variants in a text, outside code and where the right term does not contain them."""
-    text = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)", " ", text, flags=re.DOTALL)
-    found = []
-    for variant, said in forbidden.items():
-        rest = text
-        for term in sorted((term for cell in said for term in split(cell) if term.strip()), key=len, reverse=True):
-            if variant in term:
-                rest = rest.replace(term.strip(), " ")
-        sought = re.escape(variant) if CHINESE.search(variant) else rf"(?<!\w){re.escape(variant)}(?!\w)"
-        if re.search(sought, rest, re.IGNORECASE):
-            found.append(variant)
     return found
 
 

@@ -416,52 +416,6 @@ def test_a_document_is_compared_section_by_section(english, chinese, said):
     assert len(found) == bool(said) and said in "".join(found), found
 
 
-# ------------------------------------------------------------------------------------------------------- terms
-
-GLOSSARY = """
-| English | 中文 | not | note |
-|---|---|---|---|
-| rank | 秩 | 排名, `等级` | of LoRA |
-| fine-tuning | 微调 | 精调 | |
-| chat template | 对话模板 | 模板对话 | |
-| checkpoint | 检查点 | check point, 存档点 | |
-| held out | 留出 | - | |
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("秩为 8，微调之后保存检查点。", []),
-        ("`排名` 是代码。", []),
-        ("排名为 8。", ["排名"]),
-        ("每个等级都精调。", ["等级", "精调"]),
-        ("A check point, and a checkpoint.", ["check point"]),
-        ("Checkpoints.", []),
-    ],
-)
-def test_a_forbidden_variant_is_found(text, found):
-    assert languages.misused(text, languages.forbidden_terms(GLOSSARY)) == found
-
-
-def test_no_text_uses_a_variant_that_the_glossary_forbids():
-    glossary = ROOT / "docs" / "glossary.md"
-    if not glossary.is_file():
-        assert not languages.COMPLETE, "docs/glossary.md is not there"
-        return
-    forbidden = languages.forbidden_terms(glossary.read_text(encoding="utf-8"))
-    assert len(forbidden) >= 10, "no forbidden variants read from the glossary"
-    texts = {"words.json": "\n".join(WORDS.values())}
-    for folder in (languages.EN, languages.ZH):
-        for name, cell in cells(folder):
-            if cell.cell_type == "markdown":
-                texts[f"{folder.name}/{name}, cell {cell.id}"] = cell.source
-    for files in languages.document_pairs().values():
-        texts |= {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files if path.is_file()}
-    found = {name: languages.misused(text, forbidden) for name, text in texts.items()}
-    assert {name: variants for name, variants in found.items() if variants} == {}
-
-
 # -------------------------------------------------------------------------------------------- shared training
 
 
