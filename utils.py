@@ -38,7 +38,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from language import CHINESE, LANGUAGES, current, gloss, glossed, say, translated
+from language import CHINESE, LANGUAGES, gloss, glossed, say, translated
 from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: F401 (notebook 03 uses the last one)
 
 # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
@@ -551,24 +551,6 @@ def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any
     return figure, list(grid[0])
 
 
-#: Fonts with Chinese characters: of Linux, Windows and macOS. The first one that the machine has draws them.
-CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
-CHINESE_FONTS += ("Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "STHeiti")
-
-
-@cache
-def _chinese_font() -> list[str]:
-    from matplotlib.font_manager import fontManager
-
-    there = {font.name for font in fontManager.ttflist}
-    return [name for name in CHINESE_FONTS if name in there][:1]
-
-
-def drawn(english: str, /, **holes: Any) -> str:
-    """As `say`, for words inside a picture: they stay English where the machine has no font for Chinese."""
-    return say(english, **holes) if current() == "en" or _chinese_font() else english.format(**holes)
-
-
 def mask_picture(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Shown:
     """The mask of a sample as a picture, for a record that holds no HTML: trained tokens on blue with ●."""
     rows, used = [[]], 0
@@ -594,8 +576,8 @@ def length_picture(lengths: Sequence[int], limit: int) -> Shown:
     """How long the samples are, in tokens."""
     figure, (plot,) = axes()
     plot.hist(lengths, bins=30, color=BLUE, edgecolor="white")
-    title = drawn("Sample lengths (limit {limit})", limit=limit)
-    plot.set(xlabel=drawn("tokens"), ylabel=drawn("samples"), title=title)
+    title = say("Sample lengths (limit {limit})", limit=limit)
+    plot.set(xlabel=say("tokens"), ylabel=say("samples"), title=title)
     middle = sorted(lengths)[len(lengths) // 2]
     message = "Histogram: {count} samples of {least} to {most} tokens, median {middle}."
     alt = say(message, count=len(lengths), least=min(lengths), most=max(lengths), middle=middle)
@@ -609,7 +591,7 @@ def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> Shown:
     for plot, (name, values) in zip(plots, nearest.items(), strict=True):
         plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
         plot.axvline(limit, color=RED, linestyle="--")
-        plot.set(title=drawn(name), xlabel=drawn("similarity"), ylabel=drawn("held-out questions"))
+        plot.set(title=say(name), xlabel=say("similarity"), ylabel=say("held-out questions"))
         message = "{name}: {near} of {count} at {limit:.0f} or more"
         near = sum(v >= limit for v in values)
         said.append(say(message, name=say(name), near=near, count=len(values), limit=limit))
@@ -623,9 +605,9 @@ def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
     said = []
     for plot, (name, counts) in zip(plots, groups.items(), strict=True):
         total = sum(counts.values())
-        bars = plot.barh(list(map(drawn, counts)), [100 * count / total for count in counts.values()], color=BLUE)
+        bars = plot.barh(list(map(say, counts)), [100 * count / total for count in counts.values()], color=BLUE)
         plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
-        plot.set(title=drawn(name), xlabel=drawn("% of the adapter"), xlim=(0, 150))
+        plot.set(title=say(name), xlabel=say("% of the adapter"), xlim=(0, 150))
         plot.invert_yaxis()
         shares = ", ".join(f"{say(group)} {count / total:.1%}" for group, count in counts.items())
         said.append(f"{say(name)}: {shares}")
@@ -637,8 +619,8 @@ def moved_picture(sizes: dict[str, dict[int, float]]) -> Shown:
     figure, (plot,) = axes(height=3.4)
     for (name, by_layer), marker in zip(sizes.items(), "os^vDP*X<>dhp", strict=False):
         plot.plot(list(by_layer), list(by_layer.values()), marker, label=name, alpha=0.8)
-    title, size = drawn("Did every adapter move?"), drawn("root mean square of lora_B")
-    plot.set(xlabel=drawn("layer"), ylabel=size, title=title, ylim=(0, None))
+    title, size = say("Did every adapter move?"), say("root mean square of lora_B")
+    plot.set(xlabel=say("layer"), ylabel=size, title=title, ylim=(0, None))
     plot.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     every = [value for by_layer in sizes.values() for value in by_layer.values()]
     still = sum(value == 0 for value in every)
@@ -661,11 +643,11 @@ def loss_picture(history: Sequence[dict[str, float]]) -> Shown:
     looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
     said = []
     for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, BLACK), strict=False):
-        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=drawn(name))
+        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=say(name))
         first, last = min(curve), max(curve)
         message = "{name} from {start:.2f} at step {first} to {end:.2f} at step {last}"
         said.append(say(message, name=say(name), start=curve[first], first=first, end=curve[last], last=last))
-    plot.set(xlabel=drawn("step"), ylabel=drawn("nats a token"), title=drawn("Loss while training"), ylim=(0, None))
+    plot.set(xlabel=say("step"), ylabel=say("nats a token"), title=say("Loss while training"), ylim=(0, None))
     plot.grid()
     if curves:
         plot.legend()
@@ -684,7 +666,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
     said = []
     for plot, (title, array) in zip(plots, shares.items(), strict=True):
         image = plot.imshow(100 * array, cmap="Blues", vmin=0, vmax=100 * top, aspect="auto")
-        plot.set(title=drawn(title), xlabel=drawn("expert"), ylabel=drawn("layer"))
+        plot.set(title=say(title), xlabel=say("expert"), ylabel=say("layer"))
         some = range(0, len(array), -(-len(array) // 12))
         plot.set_yticks(some, [first_layer + i for i in some])
         if array.size <= 200:  # with 128 experts the figures would cover the picture
@@ -693,7 +675,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> Shown:
                     ink = "white" if value > 0.72 * top else "black"
                     plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=8, color=ink)
         elif plot is plots[-1]:
-            figure.colorbar(image, label=drawn("% of a layer's tokens"))
+            figure.colorbar(image, label=say("% of a layer's tokens"))
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
         message = "{title}: most used is expert {expert} of layer {layer}, {share:.0%}"
         layer = first_layer + busiest[0]

@@ -38,7 +38,7 @@ MADE = {"header", "footer"}  # tags of the cells that headers.py writes
 #: The modules whose functions speak to a learner.
 HELPERS = ("utils.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py", "tests/run_series.py")
 MODULES = {Path(name).stem for name in HELPERS}
-SAY = {"say", "drawn", "glossed", "gloss", "translated"}
+SAY = {"say", "glossed", "gloss", "translated"}
 
 
 # ------------------------------------------------------------------------------------------- where a helper speaks

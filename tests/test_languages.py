@@ -26,7 +26,7 @@ BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared expert
 BY_NAME |= {"by row", "by group", "prose, base", "her answers, base", "prose, adapter", "her answers, adapter"}
 #: English in both languages: notebook 08 and the bar of `utils.watched` read these lines.
 READ_BY_CODE = {"resuming from", "nothing: a new run", "step ", "train.py: "}
-SAYS = {"say", "drawn", "say_in", "glossed"}
+SAYS = {"say", "say_in", "glossed"}
 
 
 def called(node):
@@ -157,14 +157,6 @@ def test_a_check_speaks_the_language_of_its_notebook(monkeypatch, capsys):
     utils.check(2, (lambda a: a == 2, "a whole number is asked"))
     said = capsys.readouterr().out.splitlines()
     assert said == ["○ 待作答：把 ... 换成你的答案，然后运行这两个单元格", "✗ 还不对：应填整数", "✓ 正确"]
-
-
-def test_without_a_font_for_chinese_the_words_in_a_picture_stay_english(monkeypatch):
-    monkeypatch.chdir(languages.ZH)
-    monkeypatch.setattr(utils, "_chinese_font", lambda: ["some font"])
-    assert utils.drawn("layer") == "层"
-    monkeypatch.setattr(utils, "_chinese_font", list)
-    assert utils.drawn("Sample lengths (limit {limit})", limit=8) == "Sample lengths (limit 8)"
 
 
 @pytest.mark.parametrize("target", ["run", "lab", "test"])
