@@ -27,9 +27,9 @@ NOT_NEEDED = {
     "08_full_size": ("08-28", "08-58"),
 }
 #: The words that every exercise has, in both languages.
-TITLE = re.compile(r"### ((?:Exercise|练习) \d · (reading|changing|building|阅读|修改|实现).*)")
+TITLE = re.compile(r"### ((?:Exercise|练习) \d · (reading|changing|building|读懂|改动|动手写).*)")
 HINT = re.compile("<summary>(?:Hint|提示)</summary>")
-SOLUTION = re.compile(r"<summary>(?:Solution|参考答案)</summary>\n\n```python\n(.+?)```", re.DOTALL)
+SOLUTION = re.compile(r"<summary>(?:Solution|答案)</summary>\n\n```python\n(.+?)```", re.DOTALL)
 #: Which folders of an earlier run a notebook reads.
 READS = {
     "04_chat_template": ["rows"],
