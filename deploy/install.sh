@@ -46,7 +46,7 @@ course() { # root owns the sources: a learner reads them, and writes in a folder
     [ "$SOURCE" != "$COURSE" ] || fail "these sources lie in $COURSE, where they would be replaced. Put them elsewhere."
     find "$COURSE" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
     tar -C "$SOURCE" --exclude=./.git --exclude=./.venv --exclude=./output --exclude=__pycache__ \
-        --exclude='./.*_cache' --exclude=./.hypothesis --exclude=.ipynb_checkpoints -cf - . |
+        --exclude='./.*_cache' --exclude=./.hypothesis --exclude=./.carry --exclude=.ipynb_checkpoints -cf - . |
         tar -C "$COURSE" --no-same-owner --mode=u=rwX,go=rX -xf -
     "$COURSE/.venv/bin/python" -m compileall -q "$COURSE"/*.py "$COURSE/benchmarks" "$COURSE/tests"
     touch "$COURSE/.venv/ready" # make has nothing to set up here

@@ -27,27 +27,26 @@ show() { # a folder of this machine inside, read-only
 
 inside() { # a command in the root, with an environment that holds nothing else of this machine
     chroot "$ROOT" /usr/bin/env -i LANG=C.UTF-8 HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin \
-        PIP_CERT=/etc/ssl/proof.crt ${COURSE_DEVICE:+COURSE_DEVICE="$COURSE_DEVICE"} "$@"
+        PIP_CERT=/proof.crt ${COURSE_DEVICE:+COURSE_DEVICE="$COURSE_DEVICE"} "$@"
 }
 
 say "a fresh ${SUITE:-bookworm}"
 debootstrap --variant=minbase "${SUITE:-bookworm}" "$ROOT" >"$ROOT.log" 2>&1 || { tail "$ROOT.log"; exit 1; }
+say "$(du -sh "$ROOT" | cut -f1) before"
 mount -t proc proc "$ROOT/proc"
 mount --rbind /dev "$ROOT/dev"
 cp /etc/resolv.conf /etc/hosts "$ROOT/etc/"
 cp /etc/apt/apt.conf.d/* "$ROOT/etc/apt/apt.conf.d/" 2>/dev/null || true
-cp /etc/ssl/certs/ca-certificates.crt "$ROOT/etc/ssl/proof.crt"
+cp /etc/ssl/certs/ca-certificates.crt "$ROOT/proof.crt"
 PIP_CONFIG_FILE=$(python3 -m pip config debug | sed -n 's/^ *\(.*\), exists: True$/\1/p' | tail -n 1)
 [ -z "$PIP_CONFIG_FILE" ] || cp "$PIP_CONFIG_FILE" "$ROOT/etc/pip.conf"
 for folder in "$@"; do show "$folder" "$folder"; done
 show "$COURSE" /src
-say "$(du -sxh "$ROOT" | cut -f1) before, with $(inside dpkg -l | grep -c ^ii) Debian packages"
-
 say "install.sh"
 inside /src/deploy/install.sh
+for folder in /src "$@"; do umount "$ROOT$folder"; done # nothing of this machine is left to lean on
 say "$(du -sxh "$ROOT" | cut -f1) after; $(du -sh "$ROOT/opt/course/.venv" | cut -f1) of it are Python packages"
 
-umount "$ROOT/src" # nothing of the checkout is left to lean on
 say "as learner, network cut off"
 # shellcheck disable=SC2016  # the inner shell is the one to expand it
 ROOT=$ROOT unshare --net sh -c 'ip link set lo up && exec chroot --userspec=learner:learner "$ROOT" /usr/bin/env -i \

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Starts JupyterLab on the series for one learner; in the image, on a machine of one's own, and for each user of the hub.
+# Starts JupyterLab on the series for one learner: in the image, on a machine of his own, and for each user of the hub.
 #
 #   COURSE_WORK      the learner's folder (default ~/course), which outlives the image: notebooks, edits, results
 #   COURSE_LANGUAGE  which notebooks (default en)
