@@ -33,11 +33,14 @@ mkdir -p "$WORK" 2>/dev/null || fail "$WORK cannot be made. Set COURSE_WORK to a
 # A notebook looks for the rest of the course two folders above itself.
 for path in "$COURSE/.venv" "$COURSE"/*; do
     name=$(basename "$path")
-    case $name in notebooks | output) continue ;; esac
+    case $name in notebooks | output | images) continue ;; esac
     if [ -L "$WORK/$name" ] || [ ! -e "$WORK/$name" ]; then
         ln -sfn "$path" "$WORK/$name"
     fi
 done
+
+mkdir -p "$WORK/images" # copied, for Jupyter shows no picture through a link that leads out of its folder
+cp -R "$COURSE/images/." "$WORK/images/"
 
 # Every notebook is the learner's. A newer one takes its place only as long as it was not touched.
 given=$WORK/.course/$LANGUAGE # as they were given, to know what was touched

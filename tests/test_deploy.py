@@ -46,6 +46,8 @@ def course(tmp_path):
     for name in ("01_environment", "02_download"):
         (root / "notebooks" / "en" / f"{name}.ipynb").write_text(f"first {name}")
     (root / "utils.py").write_text("")
+    (root / "images").mkdir()
+    (root / "images" / "path.svg").write_text("<svg/>")
     for name in ("jupyter", "jupyterhub-singleuser"):
         fake = root / ".venv" / "bin" / name
         fake.write_text('#!/bin/sh\necho "$0 $*" >"$HOME/called"\nenv >"$HOME/environment"\n')
@@ -181,7 +183,10 @@ def test_the_real_server_answers_its_health_check_and_asks_for_the_token(tmp_pat
         assert FIRST in address and status_of(address) == 200
         contents = f"http://127.0.0.1:{port}/api/contents/notebooks/en"
         assert status_of(contents) == 403
-        assert status_of(f"{contents}?token={address.partition('token=')[2]}") == 200
+        token = address.partition("token=")[2]
+        assert status_of(f"{contents}?token={token}") == 200
+        picture = f"http://127.0.0.1:{port}/files/images/sample_to_answer.svg"
+        assert status_of(f"{picture}?token={token}") == 200, "pictures show, which they would not through a link"
     finally:
         server.terminate()
         server.wait(30)
