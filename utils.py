@@ -27,9 +27,10 @@ import textwrap
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -390,6 +391,27 @@ def reachable(host: str, seconds: float = 3.0) -> bool:
             return True
     except OSError:
         return False
+
+
+def say_update(seconds: float = 3.0) -> None:
+    """Print a line when the address in `COURSE_UPDATES` names a newer version (a date) than `deploy/VERSION`.
+
+    Without the variable nobody is asked. No answer in that time, or one that is no date, is no news.
+    """
+    address, answer = os.environ.get("COURSE_UPDATES", ""), []
+    if not address.startswith(("https://", "http://")):
+        return
+
+    def ask() -> None:
+        with suppress(Exception), urllib.request.urlopen(address, timeout=seconds) as reply:
+            answer.append(reply.read(64).decode().strip())
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name that is looked up heeds no timeout
+    asking.start()
+    asking.join(seconds)
+    here = (ROOT / "deploy" / "VERSION").read_text(encoding="utf-8").strip()
+    if answer and re.fullmatch(r"\d{4}-\d\d-\d\d", answer[0]) and answer[0] > here:
+        print(f"A newer version of the course is out: {answer[0]}. Yours is of {here}.")
 
 
 def recorded(folder: Path, name: str, experiment: str = "") -> dict[int, Any]:
