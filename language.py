@@ -22,7 +22,7 @@ CHINESE = re.compile("[\u4e00-\u9fff]")
 def current() -> str:
     """The name of the folder that the notebook lies in, a kernel's working folder; elsewhere `COURSE_LANGUAGE`."""
     here = Path.cwd()
-    name = here.name if here.parent == NOTEBOOKS else os.environ.get("COURSE_LANGUAGE")
+    name = here.name if here.parent.name == "notebooks" else os.environ.get("COURSE_LANGUAGE")
     return name if name in LANGUAGES else "en"
 
 

@@ -411,7 +411,7 @@ def say_update(seconds: float = 3.0) -> None:
     asking.join(seconds)
     here = (ROOT / "deploy" / "VERSION").read_text(encoding="utf-8").strip()
     if answer and re.fullmatch(r"\d{4}-\d\d-\d\d", answer[0]) and answer[0] > here:
-        print(f"A newer version of the course is out: {answer[0]}. Yours is of {here}.")
+        print(say("A newer version of the course is out: {new}. Yours is of {here}.", new=answer[0], here=here))
 
 
 def recorded(folder: Path, name: str, experiment: str = "") -> dict[int, Any]:
