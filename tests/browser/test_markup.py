@@ -21,7 +21,7 @@ class Tokenizer:
 """
 WAYS = {
     "chat box": "utils.chat_box(lambda name, turns: MARKUP, lambda turns: MARKUP)",
-    "chat box, error": "utils.chat_box(lambda name, turns: {}[MARKUP], lambda turns: MARKUP)",
+    "chat box, error": "utils.chat_box(lambda name, turns: exec('raise ValueError(MARKUP)'), lambda turns: MARKUP)",
     "mask view": "utils.mask_view(Tokenizer(), [1, 2], [-100, 2])",
     "table": "utils.table([[MARKUP, 1]], ('answer', 'n'))",
     "picture": "utils.picture(utils.axes()[0], MARKUP)",
@@ -32,8 +32,7 @@ WAYS = {
 }
 #: What utils must not do. Each shows that the test below would see it.
 WRONG_WAYS = {
-    "questions in HTML": "import ipywidgets\nipywidgets.Label = ipywidgets.HTML\n" + WAYS["chat box"],
-    "answers in HTML": "import ipywidgets\nipywidgets.Textarea = ipywidgets.HTML\n" + WAYS["chat box"],
+    "widgets.HTML": "import ipywidgets\nipywidgets.Textarea = ipywidgets.HTML\n" + WAYS["chat box"],
     "no escape": "import html\nhtml.escape = lambda text, **_: text\n" + WAYS["mask view"],
 }
 
@@ -57,7 +56,7 @@ class Shown:
                 cell.get_by_label("show the template's text").check()
                 ask = cell.get_by_role("button", name="Ask")
                 ask.click()
-                expect(cell.get_by_text("Q: ")).to_have_count(2)
+                expect(cell.get_by_title("answer of the")).to_have_count(2)
                 expect(ask).to_be_enabled()
 
     def harm(self, way: str) -> list[str]:
@@ -81,8 +80,10 @@ def test_markup_is_shown_and_not_executed(shown, way):
     assert shown.harm(way) == []
     output = shown.cells[way].locator(".jp-OutputArea")
     read = output.locator("textarea:visible").evaluate_all("all => all.map(one => one.value)")
-    words = " ".join([*output.all_inner_texts(), *read]).split()
-    assert MARKUP in " ".join(words)
+    if "chat_box" in WAYS[way]:  # the prompt, and in each column the question and the answer
+        assert [text.count(MARKUP) for text in read] == [1, 2, 2]
+    else:
+        expect(output).to_contain_text(MARKUP)
 
 
 @pytest.mark.parametrize("way", WRONG_WAYS)
