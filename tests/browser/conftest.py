@@ -28,16 +28,6 @@ RUN_ALL = """() => {
     window.ran = null
     jupyterapp.commands.execute('notebook:run-all-cells').then(ok => window.ran = [ok], no => window.ran = [`${no}`])
 }"""
-CLOSE_OTHERS = """async name => {
-    const {shell, serviceManager} = jupyterapp
-    for (const widget of [...shell.widgets('main')]) {
-        const context = widget.context
-        if (!context || context.path.endsWith('/' + name)) { shell.activateById(widget.id); continue }
-        await context.ready
-        if (context.sessionContext.session) await serviceManager.sessions.shutdown(context.sessionContext.session.id)
-        widget.dispose()
-    }
-}"""
 #: In the place of what only a person's own JupyterLab has: no window is opened, and the page can be asked.
 TESTED = {
     "ServerApp": {"open_browser": False, "port": 0, "allow_root": True},
@@ -69,6 +59,11 @@ class Sheet:
     troubles: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
+    @property
+    def path(self) -> str:
+        """As JupyterLab names it."""
+        return f"notebooks/en/{self.name}.ipynb"
+
     def open(self) -> None:
         """Open the notebook and wait for its kernel."""
         self.page.on("console", lambda said: self.troubles.append(said.text) if said.type == "error" else None)
@@ -76,8 +71,7 @@ class Sheet:
         self.page.on("dialog", self._refuse)
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.on("websocket", lambda socket: self.asked.append(socket.url))
-        path = quote(f"notebooks/en/{self.name}.ipynb")
-        self.page.goto(f"{self.lab.url}lab/tree/{path}?reset&token={self.lab.token}")
+        self.page.goto(f"{self.lab.url}lab/tree/{quote(self.path)}?reset&token={self.lab.token}")
         self.page.wait_for_function(KERNEL_IDLE, timeout=180_000)
 
     def _refuse(self, dialog: object) -> None:
@@ -94,9 +88,10 @@ class Sheet:
         """The notebook's cells as JupyterLab holds them now, as they would be saved."""
         return self.page.evaluate("jupyterapp.shell.currentWidget.content.model.toJSON().cells")
 
-    def close_others(self) -> None:
-        """Close what a link has opened, and stop its kernel."""
-        self.page.evaluate(CLOSE_OTHERS, f"{self.name}.ipynb")
+    def back(self) -> None:
+        """From what a link has opened back to this notebook."""
+        self.page.evaluate("path => jupyterapp.commands.execute('docmanager:open', {path})", self.path)
+        self.page.wait_for_function(f"jupyterapp.shell.currentWidget.context?.path === '{self.path}'")
 
     def theme(self, name: str) -> None:
         """Change JupyterLab's theme to `Light` or `Dark`."""

@@ -8,7 +8,6 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, Lab, Sheet
 from playwright.sync_api import BrowserContext, Locator, expect
 
@@ -17,6 +16,7 @@ CONTROLS = ".jupyter-widgets :is(input, select, textarea, button, [role=slider])
 #: Who may write to the error stream, which JupyterLab shows on red, and what.
 RED_BY_INTENT = {"02_download": "the client's own words while it tries a broken download again"}
 ANSWER_SECONDS = 120
+SOMETHING = re.compile(r"\S")
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS)
@@ -51,20 +51,33 @@ def test_pictures_are_there_and_say_what_they_show(sheet):
     assert all(alt and width > 0 for alt, width in found), found
 
 
+#: Text with a contrast below 4.5 to 1, the limit of WCAG 2.2 at level AA; how much text was looked at.
+FAINT = """() => {
+    const colour = css => css.match(/[\\d.]+/g).map(Number)
+    const linear = part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4
+    const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255)
+    const ground = one => {
+        const found = colour(getComputedStyle(one).backgroundColor)
+        return (found[3] ?? 1) > 0.5 || !one.parentElement ? found : ground(one.parentElement)
+    }
+    const ours = document.querySelectorAll('.jp-Notebook :is(.jp-RenderedMarkdown, .jp-OutputArea-output) *')
+    const written = [...ours].filter(one => one.checkVisibility() && !one.closest('svg, mjx-container') && (
+        (one.type && one.value) || [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim())))
+    const faint = written.map(one => {
+        const [dark, bright] = [colour(getComputedStyle(one).color), ground(one)].map(light).sort((a, b) => a - b)
+        return [(bright + 0.05) / (dark + 0.05), one.outerHTML.slice(0, 200)]
+    }).filter(([contrast]) => contrast < 4.5)
+    return [faint, written.length]
+}"""
+
+
 @pytest.mark.parametrize("theme", ["Dark", "Light"])
-def test_text_is_legible_and_controls_have_names(sheet, theme):
+def test_text_is_legible(sheet, theme):
     sheet.theme(theme)
     sheet.photograph(theme.lower())
-    ours = [[".jp-Notebook .jp-RenderedMarkdown"], [".jp-Notebook .jp-OutputArea-output"]]
-    rules = {"runOnly": ["color-contrast", "image-alt", "label", "select-name", "button-name", "link-name"]}
-    found = Axe().run(sheet.page, context={"include": ours}, options=rules)
-    problems = [
-        f"{broken['id']}: {node['html'][:200]}: {node['failureSummary'].splitlines()[-1].strip()}"
-        for broken in found.response["violations"]
-        for node in broken["nodes"]
-    ]
-    assert problems == []
-    assert {"color-contrast"} <= {kept["id"] for kept in found.response["passes"]}
+    faint, looked_at = sheet.page.evaluate(FAINT)
+    assert faint == []
+    assert looked_at > 20
 
 
 # ------------------------------------------------------------------------------------------------- widgets
@@ -82,6 +95,7 @@ class Hand:
     def __init__(self, sheet: Sheet, cell: Locator, keyboard: bool) -> None:
         self.page, self.cell, self.keyboard = sheet.page, cell, keyboard
         self.used: set[str] = set()
+        cell.scroll_into_view_if_needed()
         if keyboard:  # the shortcuts of JupyterLab that go to the notebook and, with the arrows, to the cell
             number = int(cell.get_attribute("data-windowed-list-index"))
             here = "jupyterapp.shell.currentWidget.content"
@@ -143,8 +157,8 @@ def use_interact(hand: Hand) -> None:
     """Every control changes what stands below the controls."""
     shown = hand.cell.locator(".widget-interact .widget-output")
     for control in hand.cell.locator(".widget-interact").locator("input, select, [role=slider]").all():
-        before = shown.inner_text()
-        assert before.strip()
+        expect(shown).to_contain_text(SOMETHING)
+        before = shown.text_content()
         hand.turn(control)
         expect(shown).not_to_have_text(before, timeout=30_000)
 
@@ -235,7 +249,7 @@ def test_every_link_of_the_series_leads_somewhere(sheet):
         page.wait_for_function("path => jupyterapp.shell.currentWidget?.context?.path === path", arg=path)
         if fragment := urlsplit(href).fragment:
             expect(anchor(sheet, fragment)).to_be_in_viewport()
-        sheet.close_others()
+        sheet.back()
 
 
 # ----------------------------------------------------------------------- last, for it looks at all of the above
