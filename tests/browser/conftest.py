@@ -90,7 +90,7 @@ class Sheet:
 
     def back(self) -> None:
         """From what a link has opened back to this notebook."""
-        self.page.evaluate("path => jupyterapp.commands.execute('docmanager:open', {path})", self.path)
+        self.page.evaluate("async path => { await jupyterapp.commands.execute('docmanager:open', {path}) }", self.path)
         self.page.wait_for_function(f"jupyterapp.shell.currentWidget.context?.path === '{self.path}'")
 
     def theme(self, name: str) -> None:

@@ -147,8 +147,9 @@ class Hand:
             track.click(position={"x": box["width"] * 0.8, "y": box["height"] / 2})
         else:
             chosen, last = control.evaluate("e => [e.selectedIndex, e.options.length - 1]")
-            if self.keyboard:
-                self.page.keyboard.press("ArrowDown" if chosen < last else "ArrowUp")
+            if self.keyboard:  # unfolded first: JupyterLab takes the arrows of a folded menu for its own
+                for key in ("Space", "ArrowDown" if chosen < last else "ArrowUp", "Enter"):
+                    self.page.keyboard.press(key)
             else:
                 control.select_option(index=chosen + 1 if chosen < last else chosen - 1)
 
