@@ -205,6 +205,7 @@ def test_every_widget_does_what_it_says(sheet, keyboard):
         for number in [number for number, source in enumerate(sources) if call in source]:
             hand = Hand(sheet, sheet.page.locator(f'.jp-Cell[data-windowed-list-index="{number}"]'), keyboard)
             use(hand)
+            assert hand.used
             used += len(hand.used)
     # The readers of answers (`textarea`) are not used, only read.
     assert used == sheet.page.locator(CONTROLS).locator("xpath=self::*[not(self::textarea)]").count()
