@@ -175,7 +175,7 @@ def use_chat_box(hand: Hand) -> None:
         if text:
             hand.write(question, text)
         hand.page.keyboard.press("Enter") if enter else hand.press(ask)
-        said = re.compile(rf"^Q: {text or question.get_attribute('placeholder')}\n.*\S", re.DOTALL)
+        said = re.compile(rf"^Q: {text or question.get_attribute('placeholder')}.*\n.*\S", re.DOTALL)
         for column in answers.values():
             expect(column).to_have_count(number, timeout=ANSWER_SECONDS * 1000)
             expect(column.first).to_have_value(said)
@@ -189,7 +189,7 @@ def use_chat_box(hand: Hand) -> None:
     expect(prompt).to_have_value(re.compile("你叫什么名字？"))
     hand.press(keep)
     ask_and_read("你父亲是谁？", begun + 2, enter=hand.keyboard)
-    expect(prompt).to_have_value(re.compile(f"你叫什么名字？.*{re.escape(first)}.*你父亲是谁？", re.DOTALL))
+    expect(prompt).to_have_value(re.compile(f"你叫什么名字？.*{re.escape(first[:5])}.*你父亲是谁？", re.DOTALL))
     hand.press(keep)
     ask_and_read("", begun + 3)
     expect(prompt).not_to_have_value(re.compile("你父亲是谁？"))
