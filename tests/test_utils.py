@@ -193,8 +193,8 @@ def test_the_chat_box_shows_an_error_and_goes_on():
     box = utils.chat_box(lambda name, turns: answers[name][0], lambda turns: "")
     _, button, _, _, _, columns = chat_parts(box)
     button.click()
-    assert columns["adapter"].children[1].value == "Q: 你是谁？\nKeyError: 'adapter'"
-    assert columns["base"].children[1].value == "Q: 你是谁？\n好。"
+    assert columns["adapter"].children[1].value == "Q: 你是谁？ (Who are you?)\nKeyError: 'adapter'"
+    assert columns["base"].children[1].value == "Q: 你是谁？ (Who are you?)\n好。"
     assert not button.disabled
 
 
