@@ -65,6 +65,7 @@ def main() -> int:
     contents = f"{base}api/contents/notebooks/en/{FIRST.name}"
     expect("without the token the notebook is refused", status(contents) == 403)
     expect("with the token it comes", status(f"{contents}?{token}") == 200)
+    expect("a picture of the notebooks comes", status(f"{base}files/images/sample_to_answer.svg?{token}") == 200)
     process.terminate()
     process.wait(30)
 

@@ -304,6 +304,7 @@ def test_the_hub_limits_memory_where_systemd_runs_and_says_where_not(monkeypatch
     config = hub_config(monkeypatch, COURSE_MEMORY="5G")
     assert config.JupyterHub.spawner_class == "systemd" and config.SystemdSpawner.mem_limit == "5G"
     monkeypatch.setattr(Path, "is_dir", lambda path: str(path) != "/run/systemd/system" and there(path))
+    monkeypatch.delenv("COURSE_MEMORY")
     config = hub_config(monkeypatch)
     assert config.JupyterHub.spawner_class.endswith(".LocalProcessSpawner")
     assert "memory is not limited" in capsys.readouterr().err
