@@ -306,7 +306,7 @@ def test_jupyter_is_bound_to_this_machine_and_asks_for_its_token(fault):
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = [line for line in commands.splitlines() if "jupyter lab" in line]
     assert open_doors(command) == []
-    assert not [path for path in secret_scan.tracked(ROOT) if re.match(r"jupyter\w*config", path.name)]
+    assert not [path for path in secret_scan.tracked(ROOT) if re.match(r"jupyter_\w*config", path.name)]
     for opened in (" --ip=0.0.0.0", " --IdentityProvider.token=''", " --ServerApp.allow_origin='*'"):
         assert open_doors(command + opened)
     assert open_doors(command.replace("--ip=127.0.0.1", ""))
