@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PORT ?= 5092
 LEARNERS ?= 8
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export CHROMIUM ?= chromium
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
 # The language of run, lab and test:  make run COURSE_LANGUAGE=zh
 export COURSE_LANGUAGE ?= en
 
-.PHONY: setup run lab dashboard test test-both test-faults lint benchmark workshop store model clean
+.PHONY: setup run lab dashboard test test-both test-faults test-browser lint benchmark workshop store model clean
 
 setup: $(VENV)/ready
 
@@ -20,19 +21,20 @@ $(VENV)/ready: requirements.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt 2>$(VENV)/pip.log \
 		|| { tail -n 20 $(VENV)/pip.log; exit 1; }
+	@$(BIN)/jupyter-labextension disable @jupyterlab/apputils-extension:announcements >/dev/null
 	@touch $@
 
 run: setup
 	@$(BIN)/python tests/run_series.py
 
 lab: setup
-	@PYTHONSTARTUP=$(CURDIR)/startup.py $(BIN)/jupyter lab --ip=127.0.0.1 notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
+	@PYTHONSTARTUP=$(CURDIR)/startup.py $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
 	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)
 
 test: lint
-	@$(BIN)/python -m pytest -q tests --ignore-glob='*/test_faults_*'
+	@$(BIN)/python -m pytest -q tests --ignore-glob='*/test_faults_*' --ignore=tests/browser
 	@$(BIN)/python tests/run_nbval.py notebooks/$(COURSE_LANGUAGE)
 	@$(BIN)/python -m pytest -q tests/exercises.py
 
@@ -43,6 +45,13 @@ test-both: test
 # Killed, cut off, filled up, run out of order: what happens then. The table of faults is tests/faults.md.
 test-faults: setup
 	@$(BIN)/python -m pytest -q tests/test_faults_*.py
+
+# What a learner sees: each notebook run, clicked and read in JupyterLab, by a real browser.
+test-browser: setup
+	@command -v $(CHROMIUM) >/dev/null \
+		|| { echo "Chromium is missing. On Debian: apt-get install chromium fonts-noto-cjk; else name one with CHROMIUM=path"; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r tests/browser/requirements.txt
+	@$(BIN)/python -m pytest -q tests/browser
 
 # Times LoRA training at the full size on the GPUs of this machine, with random weights.
 benchmark: setup

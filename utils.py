@@ -491,6 +491,11 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
                 print("  ".join(map(str.ljust, below, widths)).rstrip())
 
 
+def _in_html(text: str) -> str:
+    """The text for HTML that shows it as it is: no tag in it works, and no MathJax takes `$...$` for a formula."""
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(text))
+
+
 def _token_boxes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, int, bool]]:
     """What stands in each box of a mask: its text, its number of tokens, and whether they are trained.
 
@@ -518,7 +523,7 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> Show
     for text, count, trained in boxes:
         sign, colour = ("●", "#bcdcff;border-bottom:4px solid #0b4f9c") if trained else ("○", "#fff")
         many = f"<sub>{say('{count} tokens', count=count)}</sub>" if count > 1 else ""
-        parts.append(f'<span style="{style}{colour}">{sign} {html.escape(text)}{many}</span>')
+        parts.append(f'<span style="{style}{colour}">{sign} {_in_html(text)}{many}</span>')
     count = sum(label != -100 for label in labels)
     message = "● trained: {trained} tokens &nbsp; ○ read only: {read} tokens"
     key = say(message, trained=count, read=len(ids) - count)
@@ -562,9 +567,9 @@ def picture(figure: Any, alt: str) -> Shown:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight", facecolor="white")
     pyplot().close(figure)
-    png, words = buffer.getvalue(), html.escape(alt, quote=True)
-    image = f'<img alt="{words}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
-    return Shown(f"<figure>{image}<figcaption>{words}</figcaption></figure>", alt, png)
+    png = buffer.getvalue()
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
+    return Shown(f"<figure>{image}<figcaption>{_in_html(alt)}</figcaption></figure>", alt, png)
 
 
 def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any, list[Any]]:
@@ -779,17 +784,17 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
         reply: takes "base" or "adapter" and the turns so far (`role`, `content`), returns the answer.
         template: takes the turns, returns the prompt as the model reads it.
 
-    Model output goes into labels and text areas only, which show markup as text and execute none of it.
+    Questions and answers go into text areas only, which show markup as text and execute none of it.
     """
     import ipywidgets as widgets
 
-    wide = widgets.Layout(width="100%")
+    wide = widgets.Layout(width="auto")
     question = widgets.Text(placeholder="你是谁？", description=say("Question"), layout=widgets.Layout(width="60%"))
     ask = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
     keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=False)
     show = widgets.Checkbox(description=say("show the template's text"), indent=False, value=False)
     prompt = widgets.Textarea(
-        rows=8, tooltip=say("what the adapter reads"), layout=widgets.Layout(width="100%", display="none")
+        rows=8, tooltip=say("what the adapter reads"), layout=widgets.Layout(width="auto", display="none")
     )
     heads = {"base": say("base"), "adapter": say("adapter")}
     columns = {
@@ -812,13 +817,11 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
                 turns[name].append({"role": "assistant", "content": said})
             except Exception as error:  # a widget's callback has no cell to show an error in
                 said, turns[name] = f"{type(error).__name__}: {error}", []
-            lines = (
-                widgets.Label(say("Q: {question}", question=meant(asked))),
-                widgets.Textarea(
-                    meant(said), rows=2, layout=wide, tooltip=say("answer of the {name}", name=heads[name])
-                ),
-            )
-            column.children = (column.children[0], *lines, *column.children[1:])
+            text = f"{say('Q: {question}', question=meant(asked))}\n{meant(said)}"
+            rows = min(12, sum(1 + _columns(line) // 50 for line in text.splitlines()))
+            tooltip = say("answer of the {name}", name=heads[name])
+            turn = widgets.Textarea(text, rows=rows, layout=wide, tooltip=tooltip)
+            column.children = (column.children[0], turn, *column.children[1:])
         ask.disabled = False
         question.value = ""
 
@@ -826,6 +829,7 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
         prompt.layout.display = "" if change["new"] else "none"
 
     ask.on_click(answer)
+    question.on_msg(lambda _, message, __: answer(None) if message.get("event") == "submit" else None)  # the Enter key
     show.observe(unfold, "value")
     return widgets.VBox(
         [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]

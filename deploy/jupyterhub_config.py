@@ -7,7 +7,8 @@ A learner has an account of the machine and its password, and is a member of the
 `/opt/course/.venv/bin/jupyterhub -f /opt/course/deploy/jupyterhub_config.py` starts it, and reads these variables:
 
     COURSE_LEARNERS   how many at the same time (8): shares out the processor's threads, and bounds the servers
-    COURSE_MEMORY     the most memory of one learner (3G), all kernels together; held to only where systemd runs
+    COURSE_MEMORY     the most memory of one learner (4G), all kernels together; held to only where systemd runs.
+                      One notebook at a time took 2.6 GiB at most (docs/instructors.md)
     COURSE_HUB_URL    where it listens (http://127.0.0.1:8000). Elsewhere than on this machine only with https:
     COURSE_CERT, COURSE_KEY   the files of its certificate and key
     COURSE_LANGUAGE, COURSE_UPDATES   handed to the learners' servers
@@ -44,7 +45,7 @@ c.PAMAuthenticator.allowed_groups = {"learners"}
 if Path("/run/systemd/system").is_dir():
     c.JupyterHub.spawner_class = "systemd"
     c.SystemdSpawner.isolate_tmp = True
-    c.SystemdSpawner.mem_limit = os.environ.get("COURSE_MEMORY") or "3G"
+    c.SystemdSpawner.mem_limit = os.environ.get("COURSE_MEMORY") or "4G"
 else:
     print("systemd does not run here: memory is not limited, one learner can take that of all.", file=sys.stderr)
     c.JupyterHub.spawner_class = "jupyterhub.spawner.LocalProcessSpawner"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 DEPLOY = Path(__file__).resolve().parent
 WORK = Path.home() / "course"
-FIRST = WORK / "notebooks" / "en" / "01_environment.ipynb"
+LANGUAGE = os.environ.get("COURSE_LANGUAGE") or "en"
+FIRST = WORK / "notebooks" / LANGUAGE / "01_environment.ipynb"
 
 
 def status(address: str) -> int:
@@ -62,9 +63,10 @@ def main() -> int:
     base, token = address.split("lab/")[0], address.partition("?")[2]
     expect("the address opens 01_environment: " + address.replace(token, "token=..."), FIRST.stem in address)
     expect("with the token the page opens", status(address) == 200)
-    contents = f"{base}api/contents/notebooks/en/{FIRST.name}"
+    contents = f"{base}api/contents/notebooks/{LANGUAGE}/{FIRST.name}"
     expect("without the token the notebook is refused", status(contents) == 403)
     expect("with the token it comes", status(f"{contents}?{token}") == 200)
+    expect("a picture of the notebooks comes", status(f"{base}files/images/sample_to_answer.svg?{token}") == 200)
     process.terminate()
     process.wait(30)
 

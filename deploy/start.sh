@@ -33,7 +33,7 @@ mkdir -p "$WORK" 2>/dev/null || fail "$WORK cannot be made. Set COURSE_WORK to a
 # A notebook looks for the rest of the course two folders above itself.
 for path in "$COURSE/.venv" "$COURSE"/*; do
     name=$(basename "$path")
-    case $name in notebooks | output | images) continue ;; esac
+    case $name in notebooks | output | images | __pycache__) continue ;; esac
     if [ -L "$WORK/$name" ] || [ ! -e "$WORK/$name" ]; then
         ln -sfn "$path" "$WORK/$name"
     fi
