@@ -68,7 +68,7 @@ lint: setup
 store: setup
 	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
 	@$(BIN)/python tests/languages.py sync
-	@COURSE_LANGUAGE=zh $(BIN)/python tests/run_series.py --store
+	@rm -rf output && COURSE_LANGUAGE=zh $(BIN)/python tests/run_series.py --store
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
 model: CORPUS := $(abspath $(CORPUS))
