@@ -61,8 +61,13 @@ benchmark: setup
 workshop: setup
 	@$(BIN)/python tests/workshop.py $(LEARNERS) $(if $(BROWSERS),--browsers-elsewhere)
 
-lint: setup
+lint: setup $(VENV)/linters
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/hadolint Dockerfile && $(BIN)/shellcheck deploy/*.sh
+
+$(VENV)/linters: deploy/requirements-lint.txt | setup
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 # Run the series in both languages and keep the outputs in the notebooks.
 store: setup
