@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -144,7 +145,8 @@ def lab() -> Iterator[Lab]:
             note = json.loads(notes[0].read_text())
             yield Lab(note["url"], note["token"], root)
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it ended by itself, which the assertion above has said
+                os.killpg(server.pid, signal.SIGTERM)
             server.wait(timeout=60)
 
 
