@@ -90,11 +90,15 @@ def table(data: dict[str, Any], language: str = "en") -> str:
 
 
 def contents(notebook: nbformat.NotebookNode) -> str:
-    """Links to the sections; JupyterLab and GitHub both make a section's anchor from its title, spaces as hyphens."""
+    """Links to the sections; JupyterLab and GitHub both make a section's anchor from its title, spaces as hyphens.
+
+    JupyterLab reads a link with JavaScript's `decodeURI`, which leaves the signs of `safe` as they are encoded.
+    """
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     without_code = re.sub(r"^```.*?^```", "", prose, flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^## (.+)$", without_code, re.MULTILINE)
-    return " · ".join(f"[{title}](#{quote(title.replace('`', '').replace(' ', '-'))})" for title in titles)
+    anchors = [quote(title.replace("`", "").replace(" ", "-"), safe=",;:@&=+$/?") for title in titles]
+    return " · ".join(f"[{title}](#{anchor})" for title, anchor in zip(titles, anchors, strict=True))
 
 
 def neighbours(name: str, language: str = "en") -> str:
