@@ -739,15 +739,19 @@ def watched(command: Sequence[str], environment: dict[str, str]) -> subprocess.C
     """Run a command as `subprocess.run` does, under a bar that follows its lines of the form `step 3/12`."""
     from IPython.display import display
 
+    def bar(done: int, count: int) -> Shown:
+        drawn = _bar(done, count, "steps", begun)
+        return Shown(drawn.html, drawn.text.partition(":")[0])  # how many steps is not known at the beginning
+
     begun, lines = time.monotonic(), []
-    shown = display(_bar(0, 1, "steps", begun), display_id=True)
+    shown = display(bar(0, 1), display_id=True)
     with tempfile.TemporaryFile("w+") as errors:
         pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         with subprocess.Popen(command, env=environment, **pipes) as process:
             for line in process.stdout:
                 lines.append(line)
                 if step := re.match(r"step (\d+)/(\d+)", line):
-                    shown.update(_bar(int(step[1]), int(step[2]), "steps", begun))
+                    shown.update(bar(int(step[1]), int(step[2])))
         errors.seek(0)
         return subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors.read())
 

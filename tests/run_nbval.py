@@ -48,7 +48,7 @@ def problems(path: Path) -> list[str]:
 
 
 def share_training(output: Path) -> None:
-    """Leave a finished run so that notebook 05 resumes it from its last checkpoint but one.
+    """Leave a finished run so that notebook 05 resumes it from its last checkpoint but one, and nothing downloaded.
 
     Resuming ends with the very numbers of a run without a break; `tests/test_faults_training.py` holds it to that.
 
@@ -61,6 +61,7 @@ def share_training(output: Path) -> None:
         raise FileNotFoundError(f"{run}: no finished run to share; execute the English series first")
     (run / "made_from.json").unlink()
     shutil.rmtree(checkpoints[-1])
+    shutil.rmtree(output / "hub", ignore_errors=True)  # notebook 02 shows what a first download sends
 
 
 def main(folder: Path, cell_seconds: int, share: bool = False) -> int:
