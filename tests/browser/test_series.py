@@ -233,7 +233,8 @@ def test_folded_parts_open_by_keyboard(sheet):
 
 def anchor(sheet: Sheet, fragment: str) -> Locator:
     """What JupyterLab scrolls to: it matches a heading's words, and letters must be of the same case."""
-    return sheet.page.locator(f".jp-NotebookPanel:not(.lm-mod-hidden) [data-jupyter-id={json.dumps(unquote(fragment))}]")
+    words = json.dumps(unquote(fragment))
+    return sheet.page.locator(f".jp-NotebookPanel:not(.lm-mod-hidden) [data-jupyter-id={words}]")
 
 
 def test_every_link_of_the_series_leads_somewhere(sheet):
