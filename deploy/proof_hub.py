@@ -16,22 +16,12 @@ from pathlib import Path
 
 import requests
 import websocket
+from proof import expect
 
 DEPLOY = Path(__file__).resolve().parent
 HUB = "http://127.0.0.1:8000"
 PASSWORD = uuid.uuid4().hex
 ROOM = ("anna", "ben")
-
-
-def expect(what: str, right: bool) -> None:
-    """Say what holds, or end.
-
-    Raises:
-        SystemExit: it does not hold.
-    """
-    print(f"{'ok' if right else 'NO'}  {what}", flush=True)
-    if not right:
-        sys.exit(1)
 
 
 def account(name: str, *groups: str) -> None:

@@ -177,11 +177,12 @@ def differences(data: dict[str, Any], cost: dict[str, float], name: str) -> list
 
 def main(folder: Path | None = None) -> None:
     """Write the headers anew; with a folder, the minutes of its run on a GPU too."""
-    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8")) if folder else {}
+    if folder:
+        measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+        gpu = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gpus"][0]
     for file in sorted(file for one in LANGUAGES for file in (ROOT / "notebooks" / one).glob("*.ipynb")):
         notebook = nbformat.read(file, as_version=4)
         if folder:
-            gpu = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gpus"][0]
             minutes = max(0.1, round(measured[file.stem]["seconds"] / 60, 1))
             notebook.metadata["course"] |= {"minutes_gpu": minutes, "gpu": gpu}
         write(notebook, file.stem, language=file.parent.name)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from headers import folder_mib
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -122,12 +123,7 @@ def main() -> int:
         "most_mib_of_one": round(max(learner.most_mib for learner in learners)),
         "most_mib_together": round(most_together),
         "machine_gib": round(before - lowest, 1),
-        "disk_mib_of_one": round(
-            max(
-                sum(path.stat().st_size for path in learner.folder.rglob("*") if path.is_file()) for learner in learners
-            )
-            / 2**20
-        ),
+        "disk_mib_of_one": round(max(folder_mib(learner.folder) for learner in learners)),
     }
     utils.table(
         [(learner.folder.name, f"{learner.minutes:.1f}", f"{learner.most_mib:,.0f}") for learner in learners],
