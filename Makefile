@@ -21,14 +21,14 @@ $(VENV)/ready: requirements.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt 2>$(VENV)/pip.log \
 		|| { tail -n 20 $(VENV)/pip.log; exit 1; }
-	@$(BIN)/jupyter-labextension disable @jupyterlab/apputils-extension:announcements >/dev/null
 	@touch $@
 
 run: setup
 	@$(BIN)/python tests/run_series.py
 
+# The image's settings serve here too: no question about news, nobody asked about updates.
 lab: setup
-	@PYTHONSTARTUP=$(CURDIR)/startup.py $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
+	@PYTHONSTARTUP=$(CURDIR)/startup.py JUPYTER_CONFIG_PATH=$(CURDIR)/deploy/jupyter $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
 	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)
