@@ -187,6 +187,8 @@ def train(chosen: argparse.Namespace) -> Trainer:
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if full_size.ranks() > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,  # every step reaches every factor, and no buffer changes
+        ddp_broadcast_buffers=False,
         activation_checkpointing=checkpointing,
         logging_steps=10,
         logging_nan_inf_filter=False,

@@ -12,6 +12,7 @@ Prints tokens/s, samples/s, peak memory and the share of what the matrix units c
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -163,6 +164,8 @@ def measure(
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if full_size.ranks() > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         save_strategy="no",
         logging_steps=1,
@@ -319,6 +322,7 @@ def worker(options: argparse.Namespace) -> None:
             result |= {"samples": int(samples), "failed": str(error).splitlines()[0][:120]}
         note(result)
         model.zero_grad(set_to_none=True)
+        gc.collect()  # what shared the gradients among the processes holds a copy of them
         torch.cuda.empty_cache()
     if options.generate and full_size.ranks() == 1:
         note({"recipe": "generate"} | facts | generation(model))
@@ -362,7 +366,7 @@ def planned_for(row: dict[str, Any]) -> planner.Plan:
         passes=row["passes"],
         checkpointing=row["checkpointing"],
         machine=planner.Machine(row["gpus"], gib, card, 128, 1000),
-        processes=row["gpus"] if row["bits"] == 16 else 1,
+        processes=1 if row["recipe"] == "textbook" else row["gpus"],
         recipe="textbook" if row["recipe"] == "textbook" else "ours",
     )
 
@@ -398,7 +402,7 @@ def main() -> int:
     config = configuration(options)
     fits = planner.plan(config, machine=machine, processes=options.processes, samples=16 * options.processes).fits
     options.bits = options.bits or (16 if fits else 4)
-    count = options.processes if options.bits == 16 else 1
+    count = options.processes
     options.samples = options.samples or f"16{'n' if options.bits == 16 else ''},{64 * count},{128 * count}"
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     shared = ["--bits", str(options.bits), "--layers", str(options.layers), "--groups", options.groups]
