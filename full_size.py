@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from itertools import pairwise
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
@@ -29,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AttentionInterface, AutoConfig, BitsAndBytesConfig, Glm4MoeForCausalLM
 from transformers.data.data_collator import DataCollatorWithFlattening
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -200,41 +203,48 @@ def group_by_expert(model: PeftModel) -> None:
     model.get_base_model().set_experts_implementation("grouped_lora")
 
 
-class Sorted(torch.autograd.Function):
-    """`x[order // copies]`: each token to the places of its experts.
+class Spread(torch.autograd.Function):
+    """`x[token]`: each token's row to the places of its experts, sorted by expert.
 
-    The gradient sums each token's copies in the token's order. That of plain indexing adds with one atomic operation
-    a number, slow on a GPU and not in a fixed order.
+    The gradient is the sum over a token's places, as in `Summed`. That of plain indexing adds with one atomic
+    operation a number, slow on a GPU and not in a fixed order.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """X (tokens, hidden), order and its inverse (tokens * copies,) -> (tokens * copies, hidden)."""
-        ctx.save_for_backward(inverse)
-        ctx.tokens = x.shape[0]
-        return x[order // (order.shape[0] // x.shape[0])]
+    def forward(
+        ctx: Any, x: torch.Tensor, token: torch.Tensor, places: torch.Tensor, nobodys: int | None
+    ) -> torch.Tensor:
+        """X (tokens, hidden), token (places,), places (tokens, k) -> (places, hidden); `nobodys` place is left out."""
+        ctx.save_for_backward(places)
+        ctx.nobodys = nobodys
+        return x[token]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """(tokens * copies, hidden) -> (tokens, hidden)."""
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """(places, hidden) -> (tokens, hidden)."""
+        (places,) = ctx.saved_tensors
+        return F.embedding_bag(places, grad.contiguous(), mode="sum", padding_idx=ctx.nobodys), None, None, None
 
 
-class Unsorted(torch.autograd.Function):
-    """`x[inverse]`, with `grad[order]` as its gradient: the same reason as `Sorted`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """X (n, hidden), order and its inverse (n,) -> (n, hidden)."""
-        ctx.save_for_backward(order)
-        return x[inverse]
+class Summed(torch.autograd.Function):
+    """The way back: a token's row is the sum over its places. The opposite of `Spread`, gradient and all."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """(n, hidden) -> (n, hidden)."""
-        (order,) = ctx.saved_tensors
-        return grad[order], None, None
+    def forward(
+        ctx: Any, y: torch.Tensor, token: torch.Tensor, places: torch.Tensor, nobodys: int | None
+    ) -> torch.Tensor:
+        """Y (places, hidden), token (places,), places (tokens, k) -> (tokens, hidden)."""
+        ctx.save_for_backward(token)
+        return F.embedding_bag(places, y, mode="sum", padding_idx=nobodys)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """(tokens, hidden) -> (places, hidden)."""
+        (token,) = ctx.saved_tensors
+        return grad[token], None, None, None
+
+
+FEW_PLACES = 2**14  # below, waiting for the GPU costs more than work on rows that are thrown away
 
 
 def grouped_lora_experts(
@@ -244,20 +254,28 @@ def grouped_lora_experts(
 
     Args:
         self: transformers' experts module, its weights (experts, out, in) in any form that reads as a tensor.
-        hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, k).
+        hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, k); where the experts are shared out
+            among processes, an index of `num_experts` is an expert elsewhere, which adds nothing here.
 
     Returns:
         (tokens, hidden), in the type of `hidden_states`.
     """
     tokens, k = top_k_index.shape
-    few = None
+    few, nobodys = None, None
     if "packed" in self.__dict__ and tokens * k < self.num_experts and not torch.is_grad_enabled():
         few, top_k_index = torch.unique(top_k_index, return_inverse=True)  # unpack only who is asked
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.shape[0], device=order.device)
     edges = torch.arange(1, (self.num_experts if few is None else few.shape[0]) + 1, device=order.device)
     ends = torch.searchsorted(chosen, edges).to(torch.int32)  # where each expert's tokens end
+    if self.__dict__.get("_is_expert_parallel"):  # experts elsewhere come last: leave their places out
+        nobodys = order.shape[0] if order.shape[0] <= FEW_PLACES else int(ends[-1])
+        order = torch.cat([order[:nobodys], order[:1]])  # one place more, for whatever is elsewhere
+        places = torch.where(places < ends[-1], places, nobodys)
+    token, weights = order // k, top_k_weights.reshape(-1).gather(0, order)
+    if nobodys is not None:
+        weights = torch.where(torch.arange(nobodys + 1, device=order.device) < ends[-1], weights, 0)
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
         weight = read(self, name, few)
@@ -266,6 +284,9 @@ def grouped_lora_experts(
         adapter = self.__dict__.get("adapters", {}).get(name)
         if adapter is not None and (found := adapter.factors()):
             a, b, scale = found
+            if a.shape[0] > self.num_experts:  # the factors are whole in every process, the experts shared out
+                first = own_rank() % (a.shape[0] // self.num_experts) * self.num_experts
+                a, b = (factor[first : first + self.num_experts] for factor in (a, b))
             if few is not None:
                 a, b = a[few], b[few]
             # A grouped product wants rows of 16 bytes, so a rank below 8 (in bf16) is filled up with zeros.
@@ -276,13 +297,86 @@ def grouped_lora_experts(
         return y
 
     with torch.autocast(hidden_states.device.type, enabled=False):  # grouped products do not take part in autocast
-        x = Sorted.apply(hidden_states, order, inverse)
-        y = project("down_proj", self._apply_gate(project("gate_up_proj", x)))
-        y = Unsorted.apply(y, order, inverse).view(tokens, k, -1)
-        return torch.bmm(top_k_weights.unsqueeze(1).to(y.dtype), y).squeeze(1).to(hidden_states.dtype)
+        x = Spread.apply(hidden_states, token, places.view(tokens, k), nobodys)
+        x = self._apply_gate(project("gate_up_proj", x))
+        y = project("down_proj", x * weights.unsqueeze(1).to(x.dtype))  # weighted here: the rows are short
+        return Summed.apply(y, token, places.view(tokens, k), nobodys).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("grouped_lora", grouped_lora_experts)
+
+# ------------------------------------------------------------------------- experts shared out among processes
+
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
+
+
+class Everyones(torch.autograd.Function):
+    """The rows of all processes one below the other; a row's gradient is the sum of what all processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        """(rows, n) -> (processes * rows, n)."""
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """(processes * rows, n) -> (rows, n)."""
+        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        reduce_scatter(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+class Own(torch.autograd.Function):
+    """The sum over all processes of the rows that are this one's. The opposite of `Everyones`, gradient and all."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, group: Any) -> torch.Tensor:
+        """(processes * rows, n) -> (rows, n)."""
+        ctx.group = group
+        return Everyones.backward(ctx, y)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """(rows, n) -> (processes * rows, n)."""
+        return Everyones.forward(ctx, grad, ctx.group), None
+
+
+class TokensToExperts(EPImplementation):
+    """Each process runs its own experts on the tokens of all, and everybody gets the sums of their own tokens.
+
+    transformers' `all_to_all` sends a token once for each of its 8 experts and waits in every layer until the
+    processor has read how many go where. Here it is sent once, and the answer, already summed, comes once.
+    """
+
+    longest = 0  # tokens of the longest row that any process has in this pass
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(tokens, hidden), (tokens, k), (tokens, k) of this process -> (tokens, hidden)."""
+        group, tokens = self.ep_mesh.get_group(), hidden_states.shape[0]
+        fill = (0, 0, 0, TokensToExperts.longest - tokens)
+        x = Everyones.apply(F.pad(hidden_states, fill), group)
+        weights = Everyones.apply(F.pad(top_k_weights, fill), group)
+        index = Everyones.apply(F.pad(top_k_index, fill, value=-1), group)
+        index = index - self.ep_mesh.get_local_rank() * self.num_local_experts
+        here = (index >= 0) & (index < self.num_local_experts)
+        y = self.experts_forward(x, index.where(here, self.num_local_experts), weights)
+        return Own.apply(y, group)[:tokens]
+
+
+def agree_on_length(module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+    """Before a pass of the model: how long the longest row of any process is, once for all layers."""
+    length = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+    dist.all_reduce(length, op=dist.ReduceOp.MAX)
+    TokensToExperts.longest = int(length)
+
+
+EPImplementationInterface.register("tokens_to_experts", TokensToExperts)
 
 # ------------------------------------------------------------------------------------------------- loading
 
@@ -290,6 +384,25 @@ ALL_EXPERTS_FUNCTIONS.register("grouped_lora", grouped_lora_experts)
 def ranks() -> int:
     """How many processes `torchrun` or `accelerate launch` started for this run; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_rank() -> int:
+    """Which of the `ranks` this process is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def experts_apart(config: Any) -> int:
+    """Over how many processes a layer's routed experts are shared out, each with experts of its own.
+
+    Raises:
+        CourseError: so many processes that one of them would get no expert.
+    """
+    apart = gcd(ranks(), config.n_routed_experts)
+    alike, experts = ranks() // apart, config.n_routed_experts // apart  # `alike` processes split each share further
+    if -(-experts // alike) * (alike - 1) >= experts:
+        message = "{processes} processes cannot share {experts} experts out. Use a number that divides {experts}."
+        raise CourseError(say(message, processes=ranks(), experts=config.n_routed_experts))
+    return apart
 
 
 def shard_header(path: Path) -> dict[str, Any]:
@@ -348,11 +461,12 @@ def load_model(
     """The model, ready for an adapter, in bounded host memory: shards are mapped and go to their device at once.
 
     On a CPU it is float32. On one GPU bf16, or with `bits=4` packed while it is read. Started by `torchrun` on
-    several GPUs, each process reads and keeps its share of every layer (FSDP2 by transformers); 4-bit weights are
-    small enough that each process keeps all of them.
+    several GPUs, each process keeps whole experts of its own, to which the others send their tokens (expert
+    parallelism), and its share of all other weights (FSDP2), both by transformers; 4-bit weights are small enough
+    that each process keeps all of them.
 
     Raises:
-        CourseError: missing or damaged shards, or neither 4 nor 16 bits.
+        CourseError: missing or damaged shards, neither 4 nor 16 bits, or more processes than experts to share out.
     """
     if bits not in (4, 16):
         raise CourseError(say("bits={bits}: 16 (bf16, float32 on a CPU) or 4 (NF4).", bits=bits))
@@ -367,13 +481,17 @@ def load_model(
     elif ranks() > 1:
         from transformers.distributed import DistributedConfig
 
-        how["distributed_config"] = DistributedConfig(fsdp_size=ranks())
+        how["distributed_config"] = DistributedConfig(
+            fsdp_size=ranks(), ep_size=experts_apart(config), ep_implementation="tokens_to_experts"
+        )
     elif gpu:
         how["device_map"] = "auto"
     # The layer after the last one predicts a second token; it is in the checkpoint and takes no part here.
     prediction, kind = rf"model\.layers\.{config.num_hidden_layers}\.", Glm4MoeForCausalLM
     kind._keys_to_ignore_on_load_unexpected = list({*(kind._keys_to_ignore_on_load_unexpected or ()), prediction})
     model = kind.from_pretrained(folder, **how)
+    if "distributed_config" in how:
+        model.register_forward_pre_hook(agree_on_length, with_kwargs=True)
     model.config.use_cache = False  # training reads each row once
     return model
 
