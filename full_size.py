@@ -203,6 +203,13 @@ def group_by_expert(model: PeftModel) -> None:
     model.get_base_model().set_experts_implementation("grouped_lora")
 
 
+def summed(rows: torch.Tensor, places: torch.Tensor, nobodys: int | None) -> torch.Tensor:
+    """Rows (places, hidden), places (tokens, k) -> (tokens, hidden): the sum over a token's places, but for one."""
+    if nobodys is None:
+        return rows[places.flatten()].view(*places.shape, -1).sum(1)
+    return F.embedding_bag(places, rows, mode="sum", padding_idx=nobodys)  # reads only the rows that are here
+
+
 class Spread(torch.autograd.Function):
     """`x[token]`: each token's row to the places of its experts, sorted by expert.
 
@@ -223,7 +230,7 @@ class Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """(places, hidden) -> (tokens, hidden)."""
         (places,) = ctx.saved_tensors
-        return F.embedding_bag(places, grad.contiguous(), mode="sum", padding_idx=ctx.nobodys), None, None, None
+        return summed(grad.contiguous(), places, ctx.nobodys), None, None, None
 
 
 class Summed(torch.autograd.Function):
@@ -235,7 +242,7 @@ class Summed(torch.autograd.Function):
     ) -> torch.Tensor:
         """Y (places, hidden), token (places,), places (tokens, k) -> (tokens, hidden)."""
         ctx.save_for_backward(token)
-        return F.embedding_bag(places, y, mode="sum", padding_idx=nobodys)
+        return summed(y, places, nobodys)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

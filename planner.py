@@ -1,9 +1,9 @@
 """What a LoRA run of a GLM-4.5 model needs, computed before anything is loaded: memory, disk, hours, and what fits.
 
 Memory is counted: every term is a number of tensors of known shape. Time is counted work over rates: `LAUNCH`,
-`MATRIX_SHARE` and `COPY_SHARE` were fitted to the runs in `benchmarks/measured.jsonl` (random weights, one GPU). So it
-holds for those cards and is a guess for others, and for several GPUs, whose link is an assumption; the text of a plan
-says so. `tests/test_planner.py` compares it with every measured row of ours.
+`MATRIX_SHARE` and `COPY_SHARE` were fitted to the runs in `benchmarks/measured.jsonl` (random weights, one and two
+GPUs). So it holds for those cards and is a guess for others, and for more than two GPUs; the text of a plan says so.
+`tests/test_planner.py` compares it with every measured row of ours.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Card:
 
     Attributes:
         gib: memory that torch can use. tflops: bf16 matrix products. copies: TB/s of memory.
-        link: TB/s that one GPU receives from its neighbours; assumed everywhere.
+        link: TB/s that one GPU receives from its neighbours; assumed, and of little weight in the measured runs.
     """
 
     gib: float
@@ -218,8 +219,8 @@ class Plan:
             lasts = say("{time:.1f} hours", time=minutes / 60)
         if self.machine.card not in CARDS:
             lasts += say(" (a guess: no such card was measured)")
-        elif self.processes > 1:
-            lasts += say(" (a guess: several GPUs were not measured)")
+        elif self.processes > 2:
+            lasts += say(" (a guess: more than two GPUs were not measured)")
         return "\n".join(
             [
                 say(
@@ -276,13 +277,14 @@ class Plan:
 
 #: Seconds of a processor to launch the kernels of one layer, forward and backward: (bits, checkpointing). Measured.
 LAUNCH = {(16, True): 0.0215, (16, False): 0.0115, (4, True): 0.0310, (4, False): 0.0200}
+LAUNCH_SHARED = {True: 0.0367, False: 0.0270}  # several GPUs that share the experts out, by checkpointing
 LAUNCH_TEXTBOOK = 0.0430  # with peft's full-size update of the experts
 MATRIX_SHARE, COPY_SHARE = 0.35, 0.53  # of the measured rates of a card that a step reaches; fitted
 
 
 def memory(
     config: Any,
-    trained: int,
+    trained: float,
     bits: int,
     tokens: float,
     labels: float,
@@ -306,10 +308,13 @@ def memory(
         weights = NF4_BYTES * (count["routed"] + count["linear"]) + size * count["rest"]
     else:
         weights = size * sum(count.values())
-    gathered = 0.0
+    gathered, exchanged = 0.0, 0.0
     if processes > 1 and bits == 16:
-        head = size * config.vocab_size * hidden
-        weights, gathered = weights / processes, head + 2 * (layer + size * count["linear"] / config.num_hidden_layers)
+        apart = gcd(processes, config.n_routed_experts)
+        head, others = size * config.vocab_size * hidden, size * count["linear"] / config.num_hidden_layers
+        # Two layers at a time; what comes from other GPUs lies there twice, as it arrives and as it is used.
+        gathered = head + 4 * others + (2 if apart == processes else 4) * layer / apart
+        weights, exchanged = weights / processes, 4 * size * tokens * apart * hidden * (apart > 1)
     # A layer's own tensors for each token: what the routed rows, the heads and the hidden states keep while it is
     # computed again and differentiated.
     at_work = size * tokens * (k * (5 * hidden + 6 * inner) + 5 * heads + 8 * hidden)
@@ -320,13 +325,16 @@ def memory(
         kept += 2 * size * trained  # the factors in the type of the product
     unpacked = layer if bits == 4 or (recipe == "textbook" and routed) else 0.0
     logits = labels * config.vocab_size * (size + 8)
+    if recipe == "textbook" and gpus > 1:  # `device_map`: each GPU holds its run of layers
+        weights, trained, kept = weights / gpus, trained / gpus, kept / gpus
     gradients = 4 * trained
+    summed = gradients if processes > 1 and bits == 4 else 0  # where the processes' gradients meet
     return {
         "weights": weights / GIB,
         "gathered layers": gathered / GIB,
-        "adapter and optimiser": (12 * trained + gradients) / GIB,
+        "adapter and optimiser": (12 * trained + gradients + summed) / GIB,
         # Checkpoints are used up while gradients come into being, so the larger of the two counts.
-        "activations": (max(kept - gradients, 0) + max(at_work + unpacked, logits)) / GIB,
+        "activations": (max(kept - gradients, 0) + max(at_work + exchanged + unpacked, logits)) / GIB,
         "rest": 1.5 if gpus else 0.8,
     }
 
@@ -346,15 +354,24 @@ def seconds(
     active, count = active_parameters(config), parameters(config)
     reads = 3 if checkpointing else 2
     compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE)
-    moved = 2.0 * reads * (count["routed"] + count["linear"])
+    shared = processes > 1 and bits == 16
+    apart = gcd(processes, config.n_routed_experts) if shared else 1
+    moved = 2.0 * reads * (count["routed"] / apart + count["linear"])
     if bits == 4:
         moved += (reads - 1) * (2 + NF4_BYTES) * (count["routed"] + count["linear"])
-    work = compute + moved / (card.copies * 1e12 * COPY_SHARE)
-    a_layer = LAUNCH[bits, checkpointing] if recipe == "ours" else LAUNCH_TEXTBOOK
-    launch = a_layer * config.num_hidden_layers * bool(gpus)  # a processor launches nothing
     gather = 0.0
-    if processes > 1 and bits == 16:
-        gather = 2 * 2 * sum(count.values()) * (processes - 1) / processes / (card.link * 1e12)
+    if shared:
+        alike = processes // apart  # so many share a share of the experts, and gather it
+        gathered = count["linear"] + count["rest"] + (count["routed"] / apart if alike > 1 else 0)
+        gather = 2 * 2 * gathered * (processes - 1) / processes / (card.link * 1e12)
+        moved += 2 * 2 * 2 * count["routed"] / apart  # FSDP2 copies a layer before each use, forward and backward
+    work = compute + moved / (card.copies * 1e12 * COPY_SHARE)
+    if apart > 1:  # tokens out and sums back: forward, again if checkpointed, and backward
+        rows = 2 * reads * tokens * (apart - 1) * (config.num_hidden_layers - config.first_k_dense_replace)
+        work += 2 * rows * config.hidden_size / (card.link * 1e12)
+    a_layer = LAUNCH_SHARED[checkpointing] if shared else LAUNCH[bits, checkpointing]
+    a_layer = LAUNCH_TEXTBOOK if recipe == "textbook" else a_layer
+    launch = a_layer * config.num_hidden_layers * bool(gpus)  # a processor launches nothing
     return passes * max(work, launch, gather)
 
 
@@ -379,7 +396,7 @@ def plan(
 
     Args:
         recipe: `ours`, or `textbook`: padded batches, all logits, peft's full-size update of the experts.
-        processes: how many `torchrun` starts; with 16 bits each keeps a share of every layer, with 4 bits all of it.
+        processes: how many `torchrun` starts; with 16 bits each keeps a share of all weights, with 4 bits all of them.
         advise: look for the nearest arrangement that fits when this one does not.
     """
     machine = machine or this_machine(Path.cwd())

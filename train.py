@@ -2,7 +2,7 @@
 
     python train.py                                      one process; the bundled model on a CPU
     python train.py --bits 4                             GLM-4.5-Air on one 80 GB GPU
-    torchrun --nproc-per-node 2 train.py                 two GPUs; each keeps half of every layer
+    torchrun --nproc-per-node 2 train.py                 two GPUs; each keeps half of the experts
     python train.py --plan                               what it would need, before anything is loaded
     python train.py --merge output/merged                the adapter into a checkpoint of the original's layout
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import planner
+
 MEASURED = ROOT / "benchmarks" / "measured.jsonl"
 
 
@@ -28,22 +30,52 @@ def test_the_table_in_the_readme_is_the_one_that_is_printed():
     assert printed.count("\n") >= 10
 
 
-def test_the_readme_quotes_what_was_measured(measured):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = {
-        ("ours", 128): "ours, 128 samples",
-        ("ours", 16): "ours, 16 samples",
-        ("textbook batches", 16): "textbook batches",
-    }
-    quoted = 0
-    for row in measured:
-        name = names.get((row["recipe"], row.get("samples")))
-        if name and row["layers"] == 46:
-            minutes = 3 * 3729 / row["samples_per_second"] / 60
-            cells = f"{row['step_seconds']:.2f} | {row['tokens_per_second']:,.0f} | {max(row['peak_gib']):.1f}"
-            assert re.search(rf"\| {name}[^|]*\| {re.escape(cells)} \| {minutes:.0f} minutes \|", text), cells
-            quoted += 1
-    assert quoted == 3
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_quotes_what_was_measured(measured, name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    tables = {"one H100 80 GB": (1, 4), "two H200": (2, 16)}
+    if name != "README.md":
+        tables = {"一张 H100 80 GB": (1, 4), "两张 H200": (2, 16)}
+    for heading, (gpus, bits) in tables.items():
+        quoted = re.search(rf"\| {heading}[^\n]*\n\|[-:|]+\n((?:\|.*\n)+)", text)[1].strip().splitlines()
+        rows = [row for row in measured if (row.get("gpus"), row["bits"], row["layers"]) == (gpus, bits, 46)]
+        assert len(quoted) >= 3
+        for line in quoted:
+            _, what, step, tokens, gib, minutes, _ = (cell.strip() for cell in line.split("|"))
+            samples, ours = int(re.search(r"\d+", what)[0]), not re.search("textbook|教科书", what)
+            found = [
+                row
+                for row in rows
+                if row.get("samples") == samples
+                and (row["recipe"] == "ours") == ours
+                and f"{row['step_seconds']:.2f}" == step
+            ]
+            assert len(found) == 1, line
+            row = found[0]
+            assert f"{row['tokens_per_second']:,.0f}" == tokens and f"{max(row['peak_gib']):.1f}" == gib, line
+            assert re.match(r"\d+", minutes)[0] == f"{3 * 3729 / row['samples_per_second'] / 60:.0f}", line
+
+
+def test_the_prediction_for_four_gpus_is_the_planners():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    lines = re.search(r"<!-- predicted -->\n(.*?)\n<!-- end", text, re.DOTALL)[1].splitlines()[2:]
+    assert any("4 x H100" in line for line in lines)
+    for line in lines:
+        _, gpus, samples, step, tokens, gib, _ = (cell.strip() for cell in line.split("|"))
+        count, card = gpus.split(" x ")
+        machine = planner.Machine(int(count), planner.CARDS[card].gib, card, 512, 500)
+        made = planner.plan(bits=16, processes=int(count), samples=int(samples), machine=machine)
+        assert made.fits and f"{made.step_seconds:.2f}" == step and f"{made.peak:.1f}" == gib, line
+        assert f"{int(samples) * 60.6 / made.step_seconds:,.0f}" == tokens, line
+
+
+def test_two_h200_reach_what_the_course_promises(measured):
+    rows = [row for row in measured if row.get("gpus") == 2 and row["bits"] == 16 and "H200" in row["gpu"]]
+    best = max(rows, key=lambda row: row["tokens_per_second"])
+    textbook = next(row for row in rows if row["recipe"] == "textbook")
+    assert best["tokens_per_second"] >= 6000
+    text = (ROOT / "notebooks" / "en" / "08_full_size.ipynb").read_text(encoding="utf-8")
+    assert f"{best['tokens_per_second'] / textbook['tokens_per_second']:.0f} times the tokens" in text
 
 
 def test_one_gpu_of_80_gb_reaches_what_the_course_promises(measured):

@@ -189,6 +189,61 @@ def test_logits_are_computed_only_where_a_label_is(plain, samples):
     ]
 
 
+# --------------------------------------------------------------------------- experts shared out among processes
+
+
+def experts_run(experts, x, index, weights):
+    """Output of the routed experts, and the gradients of tokens, routing weights and factors."""
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    factors = [p for wrapper in experts.adapters.values() for n, p in wrapper.named_parameters() if "lora_" in n]
+    y = full_size.grouped_lora_experts(experts, x, index, weights)
+    asked = [x, weights, *dict.fromkeys(factors)]
+    return y, torch.autograd.grad((y * torch.arange(y.shape[1])).sum(), asked)
+
+
+@pytest.mark.parametrize("few_places", [0, 2**14], ids=["rows elsewhere left out", "rows elsewhere thrown away"])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_the_shares_of_all_processes_add_up_to_all_experts(plain, monkeypatch, parts, few_places):
+    experts = adapted(plain).get_base_model().model.layers[1].mlp.experts
+    while not hasattr(experts, "adapters"):
+        experts = experts.base_layer
+    count, k = experts.num_experts, plain.config.num_experts_per_tok
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(30, plain.config.hidden_size, generator=draw)
+    index = torch.stack([torch.randperm(count - 1, generator=draw)[:k] for _ in range(30)])  # nobody asks the last one
+    weights = torch.rand(30, k, generator=draw)
+    expected, gradients = experts_run(experts, x, index, weights)
+
+    monkeypatch.setattr(full_size, "FEW_PLACES", few_places)
+    each, sums = count // parts, None
+    for number in range(parts):
+        share = deepcopy(experts)
+        share.adapters = experts.adapters
+        for name in full_size.EXPERTS:
+            whole = experts._parameters[name]
+            share._parameters[name] = torch.nn.Parameter(whole[number * each : (number + 1) * each], False)
+        share.num_experts, share._is_expert_parallel = each, True
+        monkeypatch.setenv("RANK", str(number))
+        own = index - number * each
+        y, found = experts_run(share, x, own.where((own >= 0) & (own < each), each), weights)
+        sums = (y, *found) if sums is None else tuple(map(torch.add, sums, (y, *found)))
+    assert all(torch.isfinite(part).all() and part.norm() > 0 for part in sums)
+    assert max(far(part, whole) for part, whole in zip(sums, (expected, *gradients), strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(("processes", "apart"), [(2, 2), (3, 1), (4, 4), (6, 2), (8, 8), (12, 4), (128, 128)])
+def test_experts_are_shared_out_as_far_as_they_divide(monkeypatch, processes, apart):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert full_size.experts_apart(planner.AIR) == apart
+
+
+@pytest.mark.parametrize("processes", [6, 16])
+def test_a_process_without_an_expert_is_refused(plain, monkeypatch, processes):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(utils.CourseError, match=rf"{processes} processes cannot share 8 experts out.*divides 8"):
+        full_size.experts_apart(plain.config)
+
+
 # --------------------------------------------------------------------------- packed samples stay apart
 
 

@@ -88,7 +88,7 @@ def planned(row):
         tokens_a_sample=row["tokens_per_second"] * row["step_seconds"] / row["samples"],
         checkpointing=row["checkpointing"],
         machine=Machine(gpus, planner.CARDS[card].gib, card, 100, 500),
-        processes=gpus if row["bits"] == 16 and row["recipe"] == "ours" else 1,
+        processes=gpus if row["recipe"] == "ours" else 1,
         recipe=row["recipe"],
         advise=False,
     )
@@ -118,7 +118,15 @@ def test_the_weights_memory_is_their_bytes():
     assert plan(bits=4, machine=H100, advise=False).gpu["weights"] == pytest.approx(packed / GIB)
     half = plan(machine=H200_PAIR, processes=2, advise=False)
     assert half.gpu["weights"] == pytest.approx(106_852_245_504 / GIB)
-    assert half.gpu["gathered layers"] > 2 * 2 * count["routed"] / 45 / GIB
+    # Two processes keep half of the experts each; three cannot share 128 evenly, so each gathers whole layers.
+    layer = 2 * count["routed"] / 45 / GIB
+    assert 2 * layer / 2 < half.gpu["gathered layers"] < 2 * layer
+    third = plan(machine=replace(H200_PAIR, gpus=3), processes=3, samples=48, advise=False)
+    assert third.gpu["gathered layers"] > 4 * layer
+    alone, pair = (plan(bits=4, machine=H100, processes=n, advise=False) for n in (1, 2))
+    assert pair.gpu["weights"] == alone.gpu["weights"]  # in 4 bits each keeps all
+    more = pair.gpu["adapter and optimiser"] - alone.gpu["adapter and optimiser"]
+    assert more == pytest.approx(4 * 594_261_504 / GIB)
     assert plan(BUNDLED, machine=LAPTOP).gpu["weights"] == pytest.approx(
         4 * sum(planner.parameters(BUNDLED).values()) / GIB
     )
@@ -242,6 +250,13 @@ def test_a_machine_that_is_too_small_is_told_what_to_rent(machine):
         made.require_fit()
     assert plan(bits=4, machine=H100).fits
     assert ("(a guess: no such card was measured)" in made.text()) == (machine is not H100)
+
+
+@pytest.mark.parametrize(("gpus", "guess"), [(1, False), (2, False), (3, True), (4, True)])
+def test_a_plan_for_more_gpus_than_were_measured_is_called_a_guess(gpus, guess):
+    made = plan(machine=replace(H200_PAIR, gpus=gpus), processes=gpus, samples=16 * gpus)
+    assert ("(a guess: more than two GPUs were not measured)" in made.text()) == guess
+    assert max(row["gpus"] for row in measured()) == 2
 
 
 def test_what_nothing_holds_says_so():

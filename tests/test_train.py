@@ -192,6 +192,12 @@ def test_two_processes_train_what_one_does(one_process, two_processes):
     assert all(tensor.any() for name, tensor in adapter_of(output).items() if "lora_B" in name)
 
 
+def test_four_processes_train_what_one_does(one_process, prepared, data):
+    output = prepared("four", FULL)
+    run_train(output, data, *SHORT, processes=4)
+    assert far(adapter_of(output), adapter_of(one_process)) < 1e-3
+
+
 def test_an_interrupted_run_of_two_processes_ends_where_it_would_have(two_processes, data, tmp_path):
     finished, _ = two_processes
     output = tmp_path / "out"
