@@ -474,21 +474,40 @@ def _columns(text: str) -> int:
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
-    """Print a plain table; a Chinese character counts as two columns.
+    """Show a table. In plain text a Chinese character counts as two columns, as in a terminal.
 
-    In an English notebook the glosses of a row's Chinese texts stand below it, each in its column. A row without any
-    gloss, say of data of your own, has no such lines.
+    The fonts of a browser keep to no such rule, so a notebook shows a table that holds Chinese as HTML: its columns
+    stay straight, and a long text is broken within its own. In an English notebook the glosses of a row's Chinese
+    texts stand below it, each in its column. A row without any gloss, say of data of your own, has no such lines.
     """
     lines = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(_columns(line[i]) for line in lines) for i in range(len(head))]
-    for number, line in enumerate(lines):
-        print("  ".join(cell + " " * (w - _columns(cell)) for cell, w in zip(line, widths, strict=True)).rstrip())
-        if number == 0:
-            print("  ".join("-" * w for w in widths))
-        if any(map(gloss, line)):
-            meant = [gloss(cell) or "(no gloss)" * bool(CHINESE.search(cell)) for cell in line]
-            for below in zip_longest(*map(textwrap.wrap, meant, (max(w, 1) for w in widths)), fillvalue=""):
-                print("  ".join(map(str.ljust, below, widths)).rstrip())
+    glosses = [
+        [(gloss(cell) or "(no gloss)" * bool(CHINESE.search(cell))) * any(map(gloss, line)) for cell in line]
+        for line in lines
+    ]
+    text = []
+    for line, meant in zip(lines, glosses, strict=True):
+        text.append("  ".join(cell + " " * (w - _columns(cell)) for cell, w in zip(line, widths, strict=True)).rstrip())
+        for below in zip_longest(*map(textwrap.wrap, meant, (max(w, 1) for w in widths)), fillvalue=""):
+            text.append("  ".join(map(str.ljust, below, widths)).rstrip())
+    text.insert(1, "  ".join("-" * w for w in widths))
+    if shell and any(map(CHINESE.search, text)):
+        from IPython.display import display
+
+        display(Shown(_table_html(lines, glosses), "\n".join(text)))
+    else:
+        print("\n".join(text))
+
+
+def _table_html(lines: Sequence[Sequence[str]], glosses: Sequence[Sequence[str]]) -> str:
+    """A table whose first line is its head, each text with its gloss, if any, below it."""
+    made = ""
+    for number, pairs in enumerate(map(zip, lines, glosses)):
+        cell = '<td style="text-align:left">{}</td>' if number else '<th style="text-align:left">{}</th>'
+        texts = (_in_html(text) + f"<br><i>{_in_html(meant)}</i>" * bool(meant) for text, meant in pairs)
+        made += f"<tr>{''.join(map(cell.format, texts))}</tr>"
+    return f"<table>{made}</table>"
 
 
 def _in_html(text: str) -> str:
@@ -636,8 +655,8 @@ def share_picture(groups: dict[str, dict[str, int]]) -> Shown:
         plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
         plot.set(title=say(name), xlabel=say("% of the adapter"), xlim=(0, 150))
         plot.invert_yaxis()
-        shares = ", ".join(f"{say(group)} {count / total:.1%}" for group, count in counts.items())
-        said.append(f"{say(name)}: {shares}")
+        shares = say(", ").join(f"{say(group)} {count / total:.1%}" for group, count in counts.items())
+        said.append(say("{title}: {shares}", title=say(name), shares=shares))
     return picture(figure, say("Trainable parameters by group. {panels}.", panels=say("; ").join(said)))
 
 
@@ -822,9 +841,9 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
             except Exception as error:  # a widget's callback has no cell to show an error in
                 said, turns[name] = f"{type(error).__name__}: {error}", []
             text = f"{say('Q: {question}', question=meant(asked))}\n{meant(said)}"
-            rows = min(12, sum(1 + _columns(line) // 50 for line in text.splitlines()))
+            rows = 1 + sum(1 + _columns(line) // 50 for line in text.splitlines())  # Chinese lines are the taller ones
             tooltip = say("answer of the {name}", name=heads[name])
-            turn = widgets.Textarea(text, rows=rows, layout=wide, tooltip=tooltip)
+            turn = widgets.Textarea(text, rows=min(12, rows), layout=wide, tooltip=tooltip)
             column.children = (column.children[0], turn, *column.children[1:])
         ask.disabled = False
         question.value = ""
