@@ -212,7 +212,7 @@ class Plan:
         """The plan in six lines."""
         where = say("each GPU") if self.machine.gpus else say("this machine")
         terms = " + ".join(f"{say(name)} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
-        kind = "4-bit" if self.bits == 4 else "bf16" if self.machine.gpus else "float32"
+        kind = say("4-bit") if self.bits == 4 else "bf16" if self.machine.gpus else "float32"
         minutes = self.steps * self.step_seconds / 60
         lasts = say("{time:.1f} minutes", time=minutes)
         if minutes >= 90:
