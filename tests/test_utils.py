@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -109,6 +110,17 @@ def test_a_step_made_with_other_settings_is_refused_and_set_aside(monkeypatch, t
         assert not any((tmp_path / "lora").iterdir())
         (tmp_path / "lora" / "new").touch()
     assert [path.name for path in (tmp_path / "lora-previous").iterdir()] == ["new"]
+
+
+def test_what_was_made_is_still_known_after_the_project_has_moved(monkeypatch, tmp_path):
+    utils.stamp(tmp_path / "rows", utils.settings())
+    moved = tmp_path / "elsewhere"
+    monkeypatch.setattr(utils, "ROOT", moved)
+    here = {"model": str(moved / "models" / "glm4-moe-mini"), "data": ROOT / "dataset" / "huanhuan.json"}
+    course = replace(utils.settings(), **here)
+    assert utils.require(tmp_path / "rows", "03_dataset", course)
+    with pytest.raises(utils.CourseError, match="another model"):
+        utils.require(tmp_path / "rows", "03_dataset", replace(course, model=str(moved / "models" / "other")))
 
 
 def test_a_model_of_another_kind_is_refused(monkeypatch, tmp_path):
