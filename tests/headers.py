@@ -73,9 +73,11 @@ def table(data: dict[str, Any], language: str = "en") -> str:
     say = partial(say_in, language)
     gpu = say("not measured on a GPU")
     if "minutes_gpu" in data:
-        gpu = say("{minutes} minutes on one {gpu}", minutes=data["minutes_gpu"], gpu=data["gpu"])
+        gpu, _, stack = data["gpu"].removesuffix(")").partition(" (with ")
+        gpu = say("{gpu} (with {stack})", gpu=gpu, stack=stack) if stack else gpu
+        gpu = say("{minutes} minutes on one {gpu}", minutes=data["minutes_gpu"], gpu=gpu)
     needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else say("nothing")
-    versions = ", ".join(f"{name} {pin}" for name, pin in sorted(data["packages"].items()))
+    versions = say(", ").join(f"{name} {pin}" for name, pin in sorted(data["packages"].items()))
     versions = versions or say("the standard library")
     message = "{minutes} minutes on two CPU cores; {gpu}"
     rows = [(say("time, bundled model"), say(message, minutes=data["minutes_cpu"], gpu=gpu))]
