@@ -1,6 +1,6 @@
 """What makes LoRA training of GLM-4.5-Air fast, small and safe at its full size; `train.py` and notebook 08 use it.
 
-Knows packed rows, low-rank products grouped by expert, 4-bit experts, loading over several GPUs, and merging.
+Knows packed rows, low-rank products grouped by expert, experts shared out among GPUs, 4-bit experts, and merging.
 Does not know the data, the prompt or the optimiser: those stand in notebooks 03 to 05 and in `train.py`.
 What fits and how long it takes is computed in `planner.py`.
 
