@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from itertools import pairwise
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+import planner
 from language import say
-from planner import tensors
 from utils import CourseError, shown
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -251,7 +250,9 @@ class Summed(torch.autograd.Function):
         return grad[token], None, None, None
 
 
-FEW_PLACES = 2**14  # below, waiting for the GPU costs more than work on rows that are thrown away
+#: Up to so many places nobody waits for the GPU to count those that are here; rows elsewhere are computed and thrown
+#: away. Chosen, not measured.
+FEW_PLACES = 2**14
 
 
 def grouped_lora_experts(
@@ -280,6 +281,7 @@ def grouped_lora_experts(
         nobodys = order.shape[0] if order.shape[0] <= FEW_PLACES else int(ends[-1])
         order = torch.cat([order[:nobodys], order[:1]])  # one place more, for whatever is elsewhere
         places = torch.where(places < ends[-1], places, nobodys)
+    places = places.view(tokens, k)
     token, weights = order // k, top_k_weights.reshape(-1).gather(0, order)
     if nobodys is not None:
         weights = torch.where(torch.arange(nobodys + 1, device=order.device) < ends[-1], weights, 0)
@@ -304,10 +306,10 @@ def grouped_lora_experts(
         return y
 
     with torch.autocast(hidden_states.device.type, enabled=False):  # grouped products do not take part in autocast
-        x = Spread.apply(hidden_states, token, places.view(tokens, k), nobodys)
+        x = Spread.apply(hidden_states, token, places, nobodys)
         x = self._apply_gate(project("gate_up_proj", x))
         y = project("down_proj", x * weights.unsqueeze(1).to(x.dtype))  # weighted here: the rows are short
-        return Summed.apply(y, token, places.view(tokens, k), nobodys).to(hidden_states.dtype)
+        return Summed.apply(y, token, places, nobodys).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("grouped_lora", grouped_lora_experts)
@@ -355,8 +357,8 @@ class Own(torch.autograd.Function):
 class TokensToExperts(EPImplementation):
     """Each process runs its own experts on the tokens of all, and everybody gets the sums of their own tokens.
 
-    transformers' `all_to_all` sends a token once for each of its 8 experts and waits in every layer until the
-    processor has read how many go where. Here it is sent once, and the answer, already summed, comes once.
+    transformers' `all_to_all` sends a token once for each of its 8 experts. Here it is sent once, and the answer,
+    already summed, comes once. Both wait in every layer until the processor has read a count; here not for few tokens.
     """
 
     longest = 0  # tokens of the longest row that any process has in this pass
@@ -404,7 +406,7 @@ def experts_apart(config: Any) -> int:
     Raises:
         CourseError: so many processes that one of them would get no expert.
     """
-    apart = gcd(ranks(), config.n_routed_experts)
+    apart = planner.experts_apart(config, ranks())
     alike, experts = ranks() // apart, config.n_routed_experts // apart  # `alike` processes split each share further
     if -(-experts // alike) * (alike - 1) >= experts:
         message = "{processes} processes cannot share {experts} experts out. Use a number that divides {experts}."
@@ -451,7 +453,7 @@ def check_shards(folder: Path) -> dict[str, Any]:
     headers = {tensor: entry for name in names for tensor, entry in shard_header(folder / name).items()}
     config = AutoConfig.from_pretrained(folder)
     prediction = f"model.layers.{config.num_hidden_layers}."  # not used here, so not missed
-    lost = [name for name, _, _ in tensors(config) if name not in headers and not name.startswith(prediction)]
+    lost = [name for name, _, _ in planner.tensors(config) if name not in headers and not name.startswith(prediction)]
     if lost:
         message = (
             "{folder}: {count} tensors are in no shard ({lost}). "

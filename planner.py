@@ -129,6 +129,11 @@ def active_parameters(config: Any) -> float:
     return count["linear"] + count["routed"] * config.num_experts_per_tok / config.n_routed_experts
 
 
+def experts_apart(config: Any, processes: int) -> int:
+    """Over how many of the processes a layer's routed experts can be shared out evenly, whole experts each."""
+    return gcd(processes, config.n_routed_experts)
+
+
 def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Name, shape and type of every tensor in the published checkpoint, layer by layer."""
     hidden, wide = config.hidden_size, config.moe_intermediate_size
@@ -310,7 +315,7 @@ def memory(
         weights = size * sum(count.values())
     gathered, exchanged = 0.0, 0.0
     if processes > 1 and bits == 16:
-        apart = gcd(processes, config.n_routed_experts)
+        apart = experts_apart(config, processes)
         head, others = size * config.vocab_size * hidden, size * count["linear"] / config.num_hidden_layers
         # Two layers at a time; what comes from other GPUs lies there twice, as it arrives and as it is used.
         gathered = head + 4 * others + (2 if apart == processes else 4) * layer / apart
@@ -355,7 +360,7 @@ def seconds(
     reads = 3 if checkpointing else 2
     compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE)
     shared = processes > 1 and bits == 16
-    apart = gcd(processes, config.n_routed_experts) if shared else 1
+    apart = experts_apart(config, processes) if shared else 1
     moved = 2.0 * reads * (count["routed"] / apart + count["linear"])
     if bits == 4:
         moved += (reads - 1) * (2 + NF4_BYTES) * (count["routed"] + count["linear"])

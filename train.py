@@ -120,7 +120,7 @@ class Progress(TrainerCallback):
 def swanlab_callback(course: utils.Settings, settings: dict[str, Any]) -> list[Any]:
     """SwanLab's callback, in the first process alone; a cloud that does not answer or refuses the key: locally."""
     mode = "online" if course.swanlab_mode == "cloud" else course.swanlab_mode
-    if mode == "disabled" or int(os.environ.get("RANK", "0")):
+    if mode == "disabled" or full_size.own_rank():
         return []
     if mode == "online" and (trouble := runs.cloud_trouble()):
         print(say("The SwanLab cloud {trouble}; recording locally, to be uploaded later.", trouble=trouble))
@@ -143,7 +143,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
         utils.CourseError: it does not fit, something of an earlier notebook is missing, or the samples of a step
             cannot be shared out evenly.
     """
-    course, rank = utils.settings(), int(os.environ.get("RANK", "0"))
+    course, rank = utils.settings(), full_size.own_rank()
     tokens_folder = utils.require(course.output / "tokens", "04_chat_template", course)
     folder, run_folder = utils.model_folder(course), course.output / "lora"
     share = full_size.ranks() * chosen.passes

@@ -209,11 +209,14 @@ def _write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def _within(model: str) -> str:
+    """A model of the project by its place in it, for the project's folder may be moved; any other as it is."""
+    return model.removeprefix(f"{ROOT}/")
+
+
 def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
-    # A model of the project by its place in it: the project's folder may be moved.
-    model = course.model.removeprefix(f"{ROOT}/")
-    facts = {"model": model, "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
+    facts = {"model": _within(course.model), "data": hashlib.sha256(course.data.read_bytes()).hexdigest(), **made_with}
     path.mkdir(parents=True, exist_ok=True)
     _write_whole(path / "made_from.json", json.dumps(facts))
     return facts
@@ -273,7 +276,7 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
     if facts["data"] != hashlib.sha256(course.data.read_bytes()).hexdigest():
         message = "{path} was made from other data than {data}. Run {notebook} again."
         raise CourseError(say(message, path=shown(path), data=shown(course.data), notebook=notebook))
-    if facts["model"].removeprefix(f"{ROOT}/") != course.model.removeprefix(f"{ROOT}/"):
+    if _within(facts["model"]) != _within(course.model):
         message = "{path} was made for another model ({model}). Run {notebook} again."
         raise CourseError(say(message, path=shown(path), model=shown(facts["model"]), notebook=notebook))
     for name, value in made_with.items():

@@ -266,7 +266,7 @@ def configuration(options: argparse.Namespace) -> Any:
 def worker(options: argparse.Namespace) -> None:
     """Load the model once and time one recipe at one or more numbers of samples; rank 0 appends to the file."""
     config = configuration(options)
-    textbook, rank, gpu = options.worker == "textbook", int(os.environ.get("RANK", "0")), torch.cuda.is_available()
+    textbook, rank, gpu = options.worker == "textbook", full_size.own_rank(), torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with tempfile.TemporaryDirectory() as folder, Watch() as watch:
