@@ -129,7 +129,7 @@ def lab() -> Iterator[Lab]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target)
         (root / ".venv").symlink_to(ROOT / ".venv")
-        with suppress(FileNotFoundError):  # after `make test` notebook 05 resumes its training near the end: minutes less
+        with suppress(FileNotFoundError):  # else the training that `make test` has left is resumed
             shutil.copytree(ROOT / "output" / "test", root / "output")
             run_nbval.share_training(root / "output")
         settings = home / ".jupyter" / "jupyter_server_config.json"
