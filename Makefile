@@ -72,9 +72,10 @@ $(VENV)/linters: deploy/requirements-lint.txt | setup
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
-# Run the series in both languages and keep the outputs in the notebooks.
+# Run the series in both languages and keep the outputs in the notebooks; nothing, if other programs disturbed the run.
 store: setup
-	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
+	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store $(if $(DISTURBED),--disturbed-anyway) \
+		&& $(BIN)/ruff format -q notebooks
 	@$(BIN)/python tests/languages.py sync
 	@rm -rf output && COURSE_LANGUAGE=zh $(BIN)/python tests/run_series.py --store
 
