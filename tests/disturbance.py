@@ -56,6 +56,9 @@ class Watch:
         return min(1.0, max(0.0, others / ((time.monotonic() - self.begun) * len(cores()))))
 
 
-def disturbed(seconds: float, share: float) -> bool:
-    """Whether the minutes of a notebook say more about other programs than about the notebook."""
-    return seconds >= SHORTEST_SECONDS and share > MOST
+def refusal(seconds: float, share: float) -> str:
+    """Why the minutes of a notebook cannot be stored: they say more about other programs; empty if they can."""
+    if seconds < SHORTEST_SECONDS or share <= MOST:
+        return ""
+    taken = f"Other programs took {share:.0%} of the cores meanwhile; {MOST:.0%} is the most. Nothing is stored."
+    return f"{taken} Stop them and run `make store` again, or add DISTURBED=anyway."

@@ -144,13 +144,11 @@ def main() -> int:
         nbformat.write(notebook, executed / path.name)
         print(say("{seconds:5.0f} s  {mib:6,.0f} MiB of memory", seconds=cost["seconds"], mib=cost["memory_mib"]))
         finished[path] = (notebook, cost)
-        share = watch.share()
         # Only the English run's minutes are stored.
-        if options.store and current() == "en" and disturbance.disturbed(cost["seconds"], share):
-            print(f"Other programs took {share:.0%} of the cores meanwhile; {disturbance.MOST:.0%} is the most.")
-            if not options.disturbed_anyway:
-                print("Nothing is stored. Stop them and run `make store` again, or add DISTURBED=anyway.")
-                return 1
+        minutes_count = options.store and current() == "en" and not options.disturbed_anyway
+        if minutes_count and (refusal := disturbance.refusal(cost["seconds"], watch.share())):
+            print(refusal)
+            return 1
     if options.store:
         store(finished)
     summary(course, time.time() - started)
