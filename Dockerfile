@@ -11,8 +11,9 @@ ARG DEVICE=cpu
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 
-# The large layer depends on these two files alone, so a change in a notebook does not make it anew.
+# The large layer depends on these three files only, so a change in a notebook does not make it anew.
 RUN --mount=type=bind,source=requirements.txt,target=/src/requirements.txt \
+    --mount=type=bind,source=requirements.lock,target=/src/requirements.lock \
     --mount=type=bind,source=deploy/install.sh,target=/src/deploy/install.sh \
     --mount=type=secret,id=pip,target=/etc/pip.conf \
     COURSE_DEVICE=$DEVICE /src/deploy/install.sh packages

@@ -10,16 +10,19 @@ export MPLBACKEND ?= module://matplotlib_inline.backend_inline
 # The language of run, lab and test:  make run COURSE_LANGUAGE=zh
 export COURSE_LANGUAGE ?= en
 
-.PHONY: setup run lab dashboard test test-both test-faults test-browser lint benchmark workshop store model clean
+.PHONY: setup run lab dashboard test test-both test-faults test-browser lint benchmark workshop store lock model clean
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt
+# First what the lock pins by hash, then torch, whose build pip chooses for this machine: requirements.lock says why.
+$(VENV)/ready: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
 		|| { echo "Python 3.11 to 3.13 is needed; name one with  make run PYTHON=python3.12"; exit 1; }
 	@echo "Setting up in $(VENV) (a few minutes, about 2 GB)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt 2>$(VENV)/pip.log \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock \
+			2>$(VENV)/pip.log \
+		&& $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt 2>>$(VENV)/pip.log \
 		|| { tail -n 20 $(VENV)/pip.log; exit 1; }
 	@touch $@
 
@@ -69,11 +72,16 @@ $(VENV)/linters: deploy/requirements-lint.txt | setup
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
-# Run the series in both languages and keep the outputs in the notebooks.
+# Run the series in both languages and keep the outputs in the notebooks; nothing, if other programs disturbed the run.
 store: setup
-	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store && $(BIN)/ruff format -q notebooks
+	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store $(if $(DISTURBED),--disturbed-anyway) \
+		&& $(BIN)/ruff format -q notebooks
 	@$(BIN)/python tests/languages.py sync
 	@rm -rf output && COURSE_LANGUAGE=zh $(BIN)/python tests/run_series.py --store
+
+# After a pin has changed: the lock files anew. It needs a package index.
+lock: setup $(VENV)/linters
+	@UV=$(CURDIR)/$(BIN)/uv deploy/lock.sh
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
 model: CORPUS := $(abspath $(CORPUS))

@@ -26,15 +26,20 @@ debian() { # Debian's packages, without what they only recommend
     rm -rf /var/lib/apt/lists/*
 }
 
-python() { # Python's packages, exactly those pinned
+python() { # Python's packages
     "$COURSE/.venv/bin/python" -m pip install -q --disable-pip-version-check --no-cache-dir "$@"
-    "$COURSE/.venv/bin/python" -m pip check
+}
+
+locked() { # exactly those of a lock file, each file compared with its hash
+    python --no-deps --require-hashes -r "$1"
 }
 
 packages() {
     debian ca-certificates make python3 python3-venv tini
     python3 -m venv "$COURSE/.venv"
-    python -r "$SOURCE/requirements.txt"
+    locked "$SOURCE/requirements.lock"
+    python -r "$SOURCE/requirements.txt" # torch, whose build pip chooses: requirements.lock says why
+    "$COURSE/.venv/bin/python" -m pip check
     asked=${COURSE_DEVICE:-cpu}
     found=$("$COURSE/.venv/bin/python" -c 'import torch; print("cuda" if torch.version.cuda else "cpu")')
     [ "$found" = "$asked" ] || fail "torch came as its $found build, COURSE_DEVICE asks for $asked." \
@@ -58,7 +63,8 @@ course() { # root owns the sources: a learner reads them, and writes in a folder
 
 hub() {
     debian node-configurable-http-proxy
-    python -r "$SOURCE/requirements.txt" -r "$SOURCE/deploy/requirements-hub.txt"
+    locked "$SOURCE/deploy/requirements-hub.lock"
+    "$COURSE/.venv/bin/python" -m pip check
     getent group learners >/dev/null || groupadd learners
     unit course-hub.service
 }

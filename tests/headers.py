@@ -36,6 +36,8 @@ NEEDS = {
 #: How far a run may lie from the header: a slower or busier machine is no fault, a forgotten header is.
 TIME_FACTOR, TIME_SLACK_SECONDS = 3.0, 20.0
 SIZE_FACTOR, SIZE_SLACK_MIB = 1.3, 60.0
+#: The header's minutes have one decimal. Training is never longer than its notebook; in 05 it is most of it.
+ROUNDING_SECONDS, TRAINING_SHARE = 3.0, {"05_lora_training": 0.4}
 
 
 def peak_mib(pid: int) -> float:
@@ -144,6 +146,14 @@ def write(
     notebook.cells = [cells[0], made[0], *cells[1:], made[1]]
 
 
+def training_seconds(notebook: nbformat.NotebookNode) -> list[float]:
+    """How long training took, where a stored output says so: `200 s of training, ...`."""
+    texts = [out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", [])]
+    return [
+        float(found) for text in texts for found in re.findall(r"^(\d+(?:\.\d+)?) s of training", text, re.MULTILINE)
+    ]
+
+
 def problems(notebook: nbformat.NotebookNode, name: str, language: str = "en") -> list[str]:
     """What is wrong with a notebook's header in itself, one line each."""
     data = notebook.metadata.get("course")
@@ -161,6 +171,11 @@ def problems(notebook: nbformat.NotebookNode, name: str, language: str = "en") -
         found.append(f"{name}: the header's versions are not the pins of what it imports; run `make store`")
     if data["needs"] != NEEDS.get(name, ""):
         found.append(f"{name}: the header says it needs {data['needs'] or 'nothing'}")
+    said, trained = data["minutes_cpu"] * 60, training_seconds(notebook)
+    least = TRAINING_SHARE.get(name, 0) * (said - ROUNDING_SECONDS)
+    if trained and not least <= sum(trained) <= said + ROUNDING_SECONDS:
+        message = f"{name}: the header says {said:.0f} s, the stored output {sum(trained):.0f} s of training"
+        found.append(f"{message}, so they are of two runs; run `make store`")
     return found
 
 

@@ -2,6 +2,8 @@
 
 `python tests/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
 with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
+All of them are stored at the end or none: nothing when a notebook fails, and nothing when other programs took so much
+of the processor that the measured minutes are not the notebooks' (`--disturbed-anyway` stores them all the same).
 The language is that of `COURSE_LANGUAGE`.
 With `--cell-seconds N` a cell may take so long; several learners on one machine need it.
 """
@@ -15,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import disturbance
 import languages
 import nbformat
 from headers import folder_mib, peak_mib, record, write
@@ -91,10 +94,29 @@ def summary(course: utils.Settings, seconds: float) -> None:
     print(say("See the run in the SwanLab dashboard:  make dashboard"))
 
 
+def store(executed: dict[Path, tuple[nbformat.NotebookNode, dict[str, float]]]) -> None:
+    """Put outputs and measured headers into the notebooks of the series: all of them, or none if one has a fault.
+
+    Raises:
+        ValueError: a Chinese notebook has another output than the English where no helper speaks.
+    """
+    made = {}
+    for path, (notebook, cost) in executed.items():
+        if path.parent == languages.EN:
+            write(notebook, path.stem, cost)
+            made[path] = notebook
+        else:  # figures and all that no helper says come from the English run
+            english = nbformat.read(languages.EN / path.name, as_version=4)
+            made[path] = languages.stored(english, notebook, path.stem)
+    for path, notebook in made.items():
+        nbformat.write(notebook, path)
+
+
 def main() -> int:
-    """Run the series; 0 when every notebook ran."""
+    """Run the series; 0 when every notebook ran and, with `--store`, was stored."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="store_true", help="store outputs and headers in the notebooks")
+    parser.add_argument("--disturbed-anyway", action="store_true", help="store a run that others have slowed down, too")
     parser.add_argument("--cell-seconds", type=int, default=900, help="limit of a cell with the bundled model")
     options = parser.parse_args()
     try:
@@ -108,9 +130,10 @@ def main() -> int:
     (course.output / "report.json").unlink(missing_ok=True)
     started = time.time()
     paths = sorted((ROOT / "notebooks" / current()).glob("0*.ipynb"))
+    finished = {}
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
-        begun = time.time()
+        begun, watch = time.time(), disturbance.Watch.start()
         try:
             notebook, cost = run(path, course.output, options.cell_seconds)
         except (CellExecutionError, DeadKernelError, TimeoutError) as error:
@@ -118,13 +141,16 @@ def main() -> int:
             print(say("FAILED after {seconds:.0f} s", seconds=time.time() - begun), reason, sep="\n")
             return 1
         record(course.output, path.stem, **cost)
-        if options.store and current() == "en":
-            write(notebook, path.stem, cost)
-        elif options.store:  # figures and all that no helper says come from the English run
-            english = nbformat.read(languages.EN / path.name, as_version=4)
-            notebook = languages.stored(english, notebook, path.stem)
-        nbformat.write(notebook, path if options.store else executed / path.name)
+        nbformat.write(notebook, executed / path.name)
         print(say("{seconds:5.0f} s  {mib:6,.0f} MiB of memory", seconds=cost["seconds"], mib=cost["memory_mib"]))
+        finished[path] = (notebook, cost)
+        # Only the English run's minutes are stored.
+        minutes_count = options.store and current() == "en" and not options.disturbed_anyway
+        if minutes_count and (refusal := disturbance.refusal(cost["seconds"], watch.share())):
+            print(refusal)
+            return 1
+    if options.store:
+        store(finished)
     summary(course, time.time() - started)
     return 0
 

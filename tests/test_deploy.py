@@ -224,13 +224,15 @@ def test_what_the_image_names_is_there(dockerfile):
 def test_the_packages_layer_depends_on_the_pins_and_the_script_alone(dockerfile):
     runs = [line for line in dockerfile if line.startswith("RUN ")]
     assert runs[0].endswith("install.sh packages") and runs[1].endswith("install.sh course") and len(runs) == 2
-    assert sorted(re.findall(r"type=bind,source=(\S+?),", runs[0])) == ["deploy/install.sh", "requirements.txt"]
+    files = ["deploy/install.sh", "requirements.lock", "requirements.txt"]
+    assert sorted(re.findall(r"type=bind,source=(\S+?),", runs[0])) == files
     assert not any(line.startswith(("COPY", "ADD")) for line in dockerfile)
 
 
 def test_install_sh_takes_its_pins_from_the_files_alone():
     text = (DEPLOY / "install.sh").read_text()
-    assert '-r "$SOURCE/requirements.txt"' in text and '-r "$SOURCE/deploy/requirements-hub.txt"' in text
+    locked = [text.index(f'locked "$SOURCE/{name}"') for name in ("requirements.lock", "deploy/requirements-hub.lock")]
+    assert "--no-deps --require-hashes" in text and locked[0] < text.index('-r "$SOURCE/requirements.txt"')
     assert "==" not in text.replace("pip", "")
     lines = [line.split("#")[0].strip() for line in (DEPLOY / "requirements-hub.txt").read_text().splitlines()]
     pins = [line for line in lines if line]
