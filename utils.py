@@ -54,6 +54,8 @@ BUNDLED = ROOT / "models" / "glm4-moe-mini"
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
 #: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
 NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
+#: The names of this machine, to which no request may go through a proxy.
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 #: Okabe and Ito's, told apart by colour-blind eyes; a marker, a kind of line or a word says the same each time.
 BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 
@@ -389,13 +391,70 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def reachable(host: str, seconds: float = 3.0) -> bool:
-    """Whether a TCP connection to the host's port 443 opens in that time."""
+def proxy_for(url: str) -> str:
+    """The proxy that a request to the address takes, as `URL (variable)` without its user and password, or nothing."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    if not (proxy := select_proxy(url, get_environ_proxies(url))):
+        return ""
+    names = (f"{urllib.parse.urlsplit(url).scheme}_proxy", "all_proxy")
+    source = [name for name, value in os.environ.items() if name.lower() in names and value == proxy]
+    return f"{re.sub('^([a-z0-9]+://)?.*@', lambda kept: kept[1] or '', proxy)} ({(source or ['system settings'])[0]})"
+
+
+def _through_proxy(url: str) -> str:
+    """A sentence that names the proxy of an address, with a space before it; nothing where there is none."""
+    message = "The request went through the proxy {proxy}; check it, or name the host in no_proxy."
+    return f" {say(message, proxy=proxy)}" if (proxy := proxy_for(url)) else ""
+
+
+@contextmanager
+def around_proxies() -> Iterator[None]:
+    """Let requests to this machine go to it directly, whatever proxy the environment sets, until the block ends."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ.get(name) for name in names}
+    hosts = [host for host in (before["no_proxy"] or before["NO_PROXY"] or "").split(",") if host.strip()]
+    if [host.strip() for host in hosts] != ["*"]:  # a star, which must be the only entry, excepts every host already
+        hosts += [host for host in THIS_MACHINE if host not in hosts]
+    os.environ.update(dict.fromkeys(names, ",".join(hosts)))
     try:
-        with socket.create_connection((host, 443), timeout=seconds):
-            return True
-    except OSError:
-        return False
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def hub_answers(model_id: str, seconds: float = 5.0) -> bool:
+    """Whether the hub answers in that time, asked as ModelScope's client asks it; a line says why it does not.
+
+    The address is the client's own (`MODELSCOPE_ENDPOINT`, else ModelScope's hub), and so is the way to it: through
+    the environment's proxies.
+    """
+    import requests
+    from modelscope import HubApi
+
+    endpoint = HubApi().endpoint
+    trouble = [say("does not answer within {seconds:.0f} s", seconds=seconds)]
+
+    def ask() -> None:
+        try:
+            with requests.get(endpoint, timeout=seconds, stream=True, allow_redirects=False) as answer:
+                refused = answer.status_code in (403, 407) and proxy_for(endpoint)
+                bad = answer.status_code >= 500 or refused
+                trouble[0] = say("answers HTTP {status}", status=answer.status_code) if bad else ""
+        except requests.exceptions.SSLError:
+            trouble[0] = say("shows a certificate that is not trusted (REQUESTS_CA_BUNDLE names a file of yours)")
+        except (requests.RequestException, ValueError) as error:
+            trouble[0] = say("cannot be reached ({reason})", reason=type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    if trouble[0]:
+        message = "{endpoint} {trouble}, so {model} cannot be fetched now. The bundled model shows the steps."
+        print(say(message, endpoint=endpoint, trouble=trouble[0], model=model_id) + _through_proxy(endpoint))
+    return not trouble[0]
 
 
 def say_update(seconds: float = 3.0) -> None:
@@ -906,8 +965,14 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
 
 
 @contextmanager
-def download_errors(model_id: str) -> Iterator[None]:
-    """Turn whatever stops a ModelScope download into one message with the mend, in the place of the client's own."""
+def download_errors(model_id: str, endpoint: str | None = None) -> Iterator[None]:
+    """Turn whatever stops a ModelScope download into one message with the cure, in the place of the client's own.
+
+    Args:
+        endpoint: the hub's address, to name the proxy on the way to it; None for the client's own.
+    """
+    from modelscope import HubApi
+
     client = logging.getLogger("modelscope_hub.download")
 
     def no_error(record: logging.LogRecord) -> bool:
@@ -925,7 +990,9 @@ def download_errors(model_id: str) -> Iterator[None]:
         files = f": {name}" if name else ""
         if name and len(failed) > 1:
             files += say(" and {count} more", count=len(failed) - 1)
-        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}") from None
+        local = getattr(cause, "errno", None) == errno.ENOSPC
+        through = "" if local else _through_proxy(endpoint or HubApi().endpoint)
+        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}{through}") from None
     finally:
         client.removeFilter(no_error)
 
@@ -977,8 +1044,10 @@ class LocalHub:
     sent: list[tuple[str, int, int]] = field(default_factory=list)
 
     def __enter__(self) -> LocalHub:
-        """Start serving on a free port."""
+        """Start serving on a free port, which requests of this process reach without a proxy."""
         hub = self
+        self._direct = around_proxies()
+        self._direct.__enter__()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -994,6 +1063,7 @@ class LocalHub:
 
     def __exit__(self, *_: Any) -> None:
         """Stop serving."""
+        self._direct.__exit__(None, None, None)
         self._server.shutdown()
         self._server.server_close()
 
