@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import errno
-import fcntl
 import fnmatch
 import hashlib
 import html
@@ -30,7 +29,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,10 +49,43 @@ os.environ.setdefault("GOMP_SPINCOUNT", "300")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in the folder, or in the nearest one above it that exists."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
+def need_home() -> None:
+    """Give the libraries another home folder where that of the user cannot be written; a line says so.
+
+    Jupyter, matplotlib, ModelScope, Hugging Face and SwanLab each make files below `HOME`, and most stop when they
+    cannot. `HOME` decides for all of them, so they need no variable each.
+    """
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (no error where the user has none)
+    if _writable(home.absolute()):
+        return
+    other = ROOT / (os.environ.get("COURSE_OUTPUT") or "output") / "home"
+    if not _writable(other):
+        message = (
+            "Neither HOME={home} nor {other} can be written. Set HOME and COURSE_OUTPUT to folders that you may write."
+        )
+        print(say(message, home=home, other=other))
+        return
+    other.mkdir(parents=True, exist_ok=True)
+    os.environ["HOME"] = str(other)
+    message = "HOME={home} cannot be written, so the libraries keep their files in {other}. Set HOME to change that."
+    print(say(message, home=home, other=other))
+
+
+need_home()  # before any of them is imported
 BUNDLED = ROOT / "models" / "glm4-moe-mini"
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
 #: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
 NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
+#: How a file system says that it knows no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 #: The names of this machine, to which no request may go through a proxy.
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 #: Okabe and Ito's, told apart by colour-blind eyes; a marker, a kind of line or a word says the same each time.
@@ -122,10 +154,15 @@ def _unknown(name: str, value: str, known: Sequence[str]) -> CourseError:
     return CourseError(say(message, name=name, value=value, known=", ".join(known)))
 
 
+def _from_environment(name: str, default: str) -> str:
+    """The value of a variable, with a leading `~` as the home folder; unset or empty, the default."""
+    return os.path.expanduser(os.environ.get(name) or default)  # noqa: PTH111 (leaves an unknown ~user as it is)
+
+
 def settings() -> Settings:
     """The settings from `COURSE_MODEL`, `COURSE_DATA`, `COURSE_OUTPUT` and `SWANLAB_MODE`, else the defaults.
 
-    Relative paths count from the project's folder.
+    Relative paths count from the project's folder, and `~` is the home folder.
 
     Raises:
         CourseError: an unknown `SWANLAB_MODE` or `COURSE_LANGUAGE`, or `SWANLAB_PROJECT`, which makes SwanLab crash.
@@ -137,13 +174,13 @@ def settings() -> Settings:
         raise _unknown("COURSE_LANGUAGE", language, LANGUAGES)
     if "SWANLAB_PROJECT" in os.environ:
         raise CourseError(say("SWANLAB_PROJECT is set, and SwanLab 0.10 stops on it. Unset it; use SWANLAB_PROJ_NAME."))
-    model = os.environ.get("COURSE_MODEL") or str(BUNDLED)
+    model = _from_environment("COURSE_MODEL", str(BUNDLED))
     if (ROOT / model).is_dir():
         model = str(ROOT / model)
     return Settings(
         model=model,
-        data=ROOT / (os.environ.get("COURSE_DATA") or "dataset/huanhuan.json"),
-        output=ROOT / (os.environ.get("COURSE_OUTPUT") or "output"),
+        data=ROOT / _from_environment("COURSE_DATA", "dataset/huanhuan.json"),
+        output=ROOT / _from_environment("COURSE_OUTPUT", "output"),
         swanlab_mode=mode,
     )
 
@@ -213,7 +250,34 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _within(model: str) -> str:
     """A model of the project by its place in it, for the project's folder may be moved; any other as it is."""
-    return model.removeprefix(f"{ROOT}/")
+    path = Path(model)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else model
+
+
+def locked(path: Path, seconds: float = -1) -> Any:
+    """Take the lock that a file stands for; the system gives it back when the process ends, however it ends.
+
+    Args:
+        seconds: how long to wait for another process that holds it; -1 for as long as it takes, 0 not at all.
+
+    Returns:
+        What holds it until its `release()`; None, with a line that says so, on a file system that knows no locks.
+
+    Raises:
+        filelock.Timeout: another process holds it.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            raise
+        message = "{folder}: this file system knows no locks. Let only one notebook at a time write there."
+        print(say(message, folder=shown(path.parent)))
+        return None
+    return lock
 
 
 def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
@@ -222,6 +286,22 @@ def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     path.mkdir(parents=True, exist_ok=True)
     _write_whole(path / "made_from.json", json.dumps(facts))
     return facts
+
+
+def name_base(adapter: Path, course: Settings) -> None:
+    """Name the base model in a saved adapter without this machine's folders, so that the adapter can be passed on.
+
+    peft writes the path that the model was loaded from into `adapter_config.json` and `README.md`. Instead they hold a
+    hub's id, the place in the project (`models/glm4-moe-mini`), or the name of a folder elsewhere.
+    """
+    name = _within(course.model)
+    name = Path(name).name if Path(name).is_absolute() else name
+    settings_file, card = adapter / "adapter_config.json", adapter / "README.md"
+    peft_settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    path = peft_settings["base_model_name_or_path"]
+    _write_whole(settings_file, json.dumps(peft_settings | {"base_model_name_or_path": name}, indent=2))
+    if path and card.is_file():
+        _write_whole(card, card.read_text(encoding="utf-8").replace(path, name))
 
 
 def restart(folder: Path) -> None:
@@ -385,8 +465,13 @@ def machine() -> dict[str, float]:
 
 def peak_memory_gib() -> float:
     """The most memory that this process has held, in GiB."""
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -507,8 +592,7 @@ def report(course: Settings, **figures: Any) -> None:
     """Add figures to `output/report.json`, which `make run` prints at its end; two at the same time both arrive."""
     path = course.output / "report.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".report.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.parent / ".report.lock") or nullcontext():
         old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
