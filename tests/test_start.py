@@ -136,15 +136,16 @@ def test_a_hub_that_only_a_proxy_reaches_is_found_and_fetched_from(no_proxies, c
 def test_an_error_names_the_proxy_and_no_password(no_proxies, cell, tmp_path, capsys, variable, status):
     course = dataclasses.replace(utils.settings(), output=tmp_path / "output")
     no_proxies.setenv("MODELSCOPE_DOWNLOAD_MAX_RETRIES", "1")
+    user, secret = "anna", "geheim"
     with Proxy(status or 403) as proxy:
         port = proxy.server.server_port if status else refused_port()
-        no_proxies.setenv(variable, f"http://anna:geheim@127.0.0.1:{port}")
+        no_proxies.setenv(variable, f"http://{user}:{secret}@127.0.0.1:{port}")
         assert not utils.hub_answers(MODEL_ID)
         with pytest.raises(utils.CourseError) as error:
             fetched(cell, course, MODEL_ID, "https://hub.example")
     for said in (capsys.readouterr().out, str(error.value)):
         assert f"through the proxy http://127.0.0.1:{port} ({variable})" in said
-        assert "geheim" not in said and "anna" not in said
+        assert user not in said and secret not in said
 
 
 def test_a_hub_that_does_not_answer_is_said_without_a_proxy_where_there_is_none(no_proxies, capsys):
