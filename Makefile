@@ -9,7 +9,6 @@ export CHROMIUM ?= chromium
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
 # JupyterLab refuses to start as root (rented GPUs, containers) without this option.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
-ROOT_NOTE := You are root, so JupyterLab gets --allow-root. It asks for its token and listens on 127.0.0.1 as for every user.
 # Jupyter and other libraries make files below HOME.
 ifneq ($(shell test -w "$$HOME" && echo yes),yes)
 $(info HOME cannot be written, so the libraries keep their files in output/home)
@@ -38,7 +37,7 @@ run: setup
 # The image's settings serve here too: no question about news, nobody asked about updates.
 # More options for JupyterLab:  make lab LAB_ARGS="--no-browser --port=8890"
 lab: setup
-	@$(if $(ALLOW_ROOT),echo "$(ROOT_NOTE)")
+	@$(if $(ALLOW_ROOT),echo "You are root: JupyterLab gets --allow-root. It asks for its token and listens on 127.0.0.1 as for every user.")
 	@PYTHONSTARTUP="$(CURDIR)/startup.py" JUPYTER_CONFIG_PATH="$(CURDIR)/deploy/jupyter" $(BIN)/python -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=. $(ALLOW_ROOT) $(LAB_ARGS) notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
