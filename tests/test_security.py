@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import socket
 import string
 import subprocess
 import sys
@@ -336,6 +337,11 @@ def test_a_real_jupyter_started_so_asks_for_its_token(tmp_path):
             assert time.monotonic() < until
             time.sleep(0.2)
         note = json.loads(notes[0].read_text())
+        port = int(note["url"].rstrip("/").rpartition(":")[2])
+        with socket.socket() as line:  # it writes the note before it listens
+            while line.connect_ex(("127.0.0.1", port)):
+                assert time.monotonic() < until
+                time.sleep(0.2)
         assert note["url"].startswith(("http://127.0.0.1:", "http://localhost:"))
         assert len(note["token"]) >= 32
         with pytest.raises(urllib.error.HTTPError, match="403"):

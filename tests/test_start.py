@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -194,6 +195,11 @@ def test_make_lab_starts_in_a_folder_with_a_space_as_this_user_and_without_a_hom
                 assert time.monotonic() < until and server.poll() is None, (spaced / "log").read_text()
                 time.sleep(0.2)
             note = json.loads(notes[0].read_text())
+            port = int(note["url"].rstrip("/").rpartition(":")[2])
+            with socket.socket() as line:  # it writes the note before it listens
+                while line.connect_ex(("127.0.0.1", port)):
+                    assert time.monotonic() < until
+                    time.sleep(0.2)
             assert note["url"].startswith(("http://127.0.0.1:", "http://localhost:"))
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(f"{note['url']}api/contents")
