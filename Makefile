@@ -7,6 +7,14 @@ LEARNERS ?= 8
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CHROMIUM ?= chromium
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
+# JupyterLab refuses to start as root (rented GPUs, containers) without this option.
+ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+# Jupyter and other libraries make files below HOME.
+ifneq ($(shell test -w "$$HOME" && echo yes),yes)
+$(info HOME cannot be written, so the libraries keep their files in output/home)
+$(shell mkdir -p output/home)
+export HOME := $(CURDIR)/output/home
+endif
 # The language of run, lab and test:  make run COURSE_LANGUAGE=zh
 export COURSE_LANGUAGE ?= en
 
@@ -30,11 +38,14 @@ run: setup
 	@$(BIN)/python tests/run_series.py
 
 # The image's settings serve here too: no question about news, nobody asked about updates.
+# More options for JupyterLab:  make lab LAB_ARGS="--no-browser --port=8890"
 lab: setup
-	@PYTHONSTARTUP=$(CURDIR)/startup.py JUPYTER_CONFIG_PATH=$(CURDIR)/deploy/jupyter $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
+	@$(if $(ALLOW_ROOT),echo "You are root: JupyterLab gets --allow-root. It asks for its token and listens on 127.0.0.1 as for every user.")
+	@PYTHONSTARTUP="$(CURDIR)/startup.py" JUPYTER_CONFIG_PATH="$(CURDIR)/deploy/jupyter" $(BIN)/python -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=. $(ALLOW_ROOT) $(LAB_ARGS) notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
-	@$(BIN)/swanlab watch "$${COURSE_OUTPUT:-output}/swanlab" -p $(PORT)
+	@folder="$$($(BIN)/python -c 'import utils; print(utils.settings().output)')" \
+		&& $(BIN)/python -m swanlab watch "$$folder/swanlab" -p $(PORT)
 
 test: lint
 	@$(BIN)/python -m pytest -q tests --ignore-glob='*/test_faults_*' --ignore=tests/browser
@@ -84,10 +95,10 @@ lock: setup $(VENV)/linters
 	@UV=$(CURDIR)/$(BIN)/uv deploy/lock.sh
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
-model: CORPUS := $(abspath $(CORPUS))
 model:
-	@cd models/build && $(PYTHON) make_tokenizer.py "$(CORPUS)" ../glm4-moe-mini \
-		&& $(PYTHON) pretrain.py "$(CORPUS)" ../glm4-moe-mini ../../output/pretrained \
+	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/build \
+		&& $(PYTHON) make_tokenizer.py "$$corpus" ../glm4-moe-mini \
+		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini ../../output/pretrained \
 		&& $(PYTHON) chat_tune.py ../../output/pretrained chat ../../output/glm4-moe-mini
 
 clean:

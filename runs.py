@@ -5,7 +5,6 @@ For notebook 05 and `train.py`. `Trainer` and its arguments stand there, not her
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -17,7 +16,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from filelock import Timeout
 
 import utils
 from language import say
@@ -28,7 +29,8 @@ FULL_DISK = re.compile(
 )
 
 
-_claimed: dict[Path, TextIO] = {}
+#: The lock of each claimed folder; None where the file system knows no locks.
+_claimed: dict[Path, Any] = {}
 
 
 def claim(run_folder: Path) -> None:
@@ -40,11 +42,9 @@ def claim(run_folder: Path) -> None:
     if run_folder in _claimed:
         return
     run_folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = (run_folder.parent / f".{run_folder.name}.lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
+        lock = utils.locked(run_folder.parent / f".{run_folder.name}.lock", seconds=0)
+    except Timeout:
         message = (
             "Another kernel trains into {folder}. Shut that kernel down (Running Terminals and Kernels), "
             "or set COURSE_OUTPUT to a folder of your own."
@@ -56,7 +56,7 @@ def claim(run_folder: Path) -> None:
 def release(run_folder: Path) -> None:
     """Give a claimed folder free; nothing happens where it was not claimed."""
     if lock := _claimed.pop(run_folder, None):
-        lock.close()
+        lock.release()
 
 
 def written_to_its_end(checkpoint: Path) -> bool:

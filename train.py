@@ -231,6 +231,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
     if rank == 0:
         with runs.stoppable(trainer):
             model.save_pretrained(run_folder / "adapter", state_dict=full_size.adapter_state(model))
+            utils.name_base(run_folder / "adapter", course)
             tokenizer.save_pretrained(run_folder / "adapter")
             (run_folder / "prompt.json").write_text(prompt, encoding="utf-8")
             utils.stamp(run_folder, course)

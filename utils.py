@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import errno
-import fcntl
 import fnmatch
 import hashlib
 import html
@@ -30,7 +29,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,10 +49,45 @@ os.environ.setdefault("GOMP_SPINCOUNT", "300")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 ROOT = Path(__file__).resolve().parent
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in the folder, or in the nearest one above it that exists."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
+def need_home() -> None:
+    """Give the libraries another home folder where that of the user cannot be written; a line says so.
+
+    Jupyter, matplotlib, ModelScope, Hugging Face and SwanLab each make files below `HOME`, and most stop when they
+    cannot. `HOME` decides for all of them, so they need no variable each.
+    """
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (no error where the user has none)
+    if _writable(home.absolute()):
+        return
+    other = ROOT / (os.environ.get("COURSE_OUTPUT") or "output") / "home"
+    if not _writable(other):
+        message = (
+            "Neither HOME={home} nor {other} can be written. Set HOME and COURSE_OUTPUT to folders that you may write."
+        )
+        print(say(message, home=home, other=other))
+        return
+    other.mkdir(parents=True, exist_ok=True)
+    os.environ["HOME"] = str(other)
+    message = "HOME={home} cannot be written, so the libraries keep their files in {other}. Set HOME to change that."
+    print(say(message, home=home, other=other))
+
+
+need_home()  # before any of them is imported
 BUNDLED = ROOT / "models" / "glm4-moe-mini"
 SWANLAB_MODES = ("local", "offline", "online", "cloud", "disabled")
 #: What a download leaves out, whatever a hub lists: paths that lead out of the cache, and files that can hold code.
 NEVER_FETCHED = ["/*", "../*", "*/../*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.py"]
+#: How a file system says that it knows no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+#: The names of this machine, to which no request may go through a proxy.
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 #: Okabe and Ito's, told apart by colour-blind eyes; a marker, a kind of line or a word says the same each time.
 BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 
@@ -120,10 +154,15 @@ def _unknown(name: str, value: str, known: Sequence[str]) -> CourseError:
     return CourseError(say(message, name=name, value=value, known=", ".join(known)))
 
 
+def _from_environment(name: str, default: str) -> str:
+    """The value of a variable, with a leading `~` as the home folder; unset or empty, the default."""
+    return os.path.expanduser(os.environ.get(name) or default)  # noqa: PTH111 (leaves an unknown ~user as it is)
+
+
 def settings() -> Settings:
     """The settings from `COURSE_MODEL`, `COURSE_DATA`, `COURSE_OUTPUT` and `SWANLAB_MODE`, else the defaults.
 
-    Relative paths count from the project's folder.
+    Relative paths count from the project's folder, and `~` is the home folder.
 
     Raises:
         CourseError: an unknown `SWANLAB_MODE` or `COURSE_LANGUAGE`, or `SWANLAB_PROJECT`, which makes SwanLab crash.
@@ -135,13 +174,13 @@ def settings() -> Settings:
         raise _unknown("COURSE_LANGUAGE", language, LANGUAGES)
     if "SWANLAB_PROJECT" in os.environ:
         raise CourseError(say("SWANLAB_PROJECT is set, and SwanLab 0.10 stops on it. Unset it; use SWANLAB_PROJ_NAME."))
-    model = os.environ.get("COURSE_MODEL") or str(BUNDLED)
+    model = _from_environment("COURSE_MODEL", str(BUNDLED))
     if (ROOT / model).is_dir():
         model = str(ROOT / model)
     return Settings(
         model=model,
-        data=ROOT / (os.environ.get("COURSE_DATA") or "dataset/huanhuan.json"),
-        output=ROOT / (os.environ.get("COURSE_OUTPUT") or "output"),
+        data=ROOT / _from_environment("COURSE_DATA", "dataset/huanhuan.json"),
+        output=ROOT / _from_environment("COURSE_OUTPUT", "output"),
         swanlab_mode=mode,
     )
 
@@ -211,7 +250,34 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _within(model: str) -> str:
     """A model of the project by its place in it, for the project's folder may be moved; any other as it is."""
-    return model.removeprefix(f"{ROOT}/")
+    path = Path(model)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else model
+
+
+def locked(path: Path, seconds: float = -1) -> Any:
+    """Take the lock that a file stands for; the system gives it back when the process ends, however it ends.
+
+    Args:
+        seconds: how long to wait for another process that holds it; -1 for as long as it takes, 0 not at all.
+
+    Returns:
+        What holds it until its `release()`; None, with a line that says so, on a file system that knows no locks.
+
+    Raises:
+        filelock.Timeout: another process holds it.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            raise
+        message = "{folder}: this file system knows no locks. Let only one notebook at a time write there."
+        print(say(message, folder=shown(path.parent)))
+        return None
+    return lock
 
 
 def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
@@ -220,6 +286,22 @@ def stamp(path: Path, course: Settings, **made_with: Any) -> dict[str, Any]:
     path.mkdir(parents=True, exist_ok=True)
     _write_whole(path / "made_from.json", json.dumps(facts))
     return facts
+
+
+def name_base(adapter: Path, course: Settings) -> None:
+    """Name the base model in a saved adapter without this machine's folders, so that the adapter can be passed on.
+
+    peft writes the path that the model was loaded from into `adapter_config.json` and `README.md`. Instead they hold a
+    hub's id, the place in the project (`models/glm4-moe-mini`), or the name of a folder elsewhere.
+    """
+    name = _within(course.model)
+    name = Path(name).name if Path(name).is_absolute() else name
+    settings_file, card = adapter / "adapter_config.json", adapter / "README.md"
+    peft_settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    path = peft_settings["base_model_name_or_path"]
+    _write_whole(settings_file, json.dumps(peft_settings | {"base_model_name_or_path": name}, indent=2))
+    if path and card.is_file():
+        _write_whole(card, card.read_text(encoding="utf-8").replace(path, name))
 
 
 def restart(folder: Path) -> None:
@@ -383,19 +465,81 @@ def machine() -> dict[str, float]:
 
 def peak_memory_gib() -> float:
     """The most memory that this process has held, in GiB."""
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def reachable(host: str, seconds: float = 3.0) -> bool:
-    """Whether a TCP connection to the host's port 443 opens in that time."""
+def proxy_for(url: str) -> str:
+    """The proxy that a request to the address takes, as `URL (variable)` without its user and password, or nothing."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    if not (proxy := select_proxy(url, get_environ_proxies(url))):
+        return ""
+    names = (f"{urllib.parse.urlsplit(url).scheme}_proxy", "all_proxy")
+    source = [name for name, value in os.environ.items() if name.lower() in names and value == proxy]
+    return f"{re.sub('^([a-z0-9]+://)?.*@', lambda kept: kept[1] or '', proxy)} ({(source or ['system settings'])[0]})"
+
+
+def _through_proxy(url: str) -> str:
+    """A sentence that names the proxy of an address, with a space before it; nothing where there is none."""
+    message = "The request went through the proxy {proxy}; check it, or name the host in no_proxy."
+    return f" {say(message, proxy=proxy)}" if (proxy := proxy_for(url)) else ""
+
+
+@contextmanager
+def around_proxies() -> Iterator[None]:
+    """Let requests to this machine go to it directly, whatever proxy the environment sets, until the block ends."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ.get(name) for name in names}
+    hosts = [host for host in (before["no_proxy"] or before["NO_PROXY"] or "").split(",") if host.strip()]
+    if [host.strip() for host in hosts] != ["*"]:  # a star, which must be the only entry, excepts every host already
+        hosts += [host for host in THIS_MACHINE if host not in hosts]
+    os.environ.update(dict.fromkeys(names, ",".join(hosts)))
     try:
-        with socket.create_connection((host, 443), timeout=seconds):
-            return True
-    except OSError:
-        return False
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def hub_answers(model_id: str, seconds: float = 5.0) -> bool:
+    """Whether the hub answers in that time, asked as ModelScope's client asks it; a line says why it does not.
+
+    The address is the client's own (`MODELSCOPE_ENDPOINT`, else ModelScope's hub), and so is the way to it: through
+    the environment's proxies.
+    """
+    import requests
+    from modelscope import HubApi
+
+    endpoint = HubApi().endpoint
+    trouble = [say("does not answer within {seconds:.0f} s", seconds=seconds)]
+
+    def ask() -> None:
+        try:
+            with requests.get(endpoint, timeout=seconds, stream=True, allow_redirects=False) as answer:
+                refused = answer.status_code in (403, 407) and proxy_for(endpoint)
+                bad = answer.status_code >= 500 or refused
+                trouble[0] = say("answers HTTP {status}", status=answer.status_code) if bad else ""
+        except requests.exceptions.SSLError:
+            trouble[0] = say("shows a certificate that is not trusted (REQUESTS_CA_BUNDLE names a file of yours)")
+        except (requests.RequestException, ValueError) as error:
+            trouble[0] = say("cannot be reached ({reason})", reason=type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    if trouble[0]:
+        message = "{endpoint} {trouble}, so {model} cannot be fetched now. The bundled model shows the steps."
+        print(say(message, endpoint=endpoint, trouble=trouble[0], model=model_id) + _through_proxy(endpoint))
+    return not trouble[0]
 
 
 def say_update(seconds: float = 3.0) -> None:
@@ -448,8 +592,7 @@ def report(course: Settings, **figures: Any) -> None:
     """Add figures to `output/report.json`, which `make run` prints at its end; two at the same time both arrive."""
     path = course.output / "report.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".report.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.parent / ".report.lock") or nullcontext():
         old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
@@ -906,8 +1049,14 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
 
 
 @contextmanager
-def download_errors(model_id: str) -> Iterator[None]:
-    """Turn whatever stops a ModelScope download into one message with the mend, in the place of the client's own."""
+def download_errors(model_id: str, endpoint: str | None = None) -> Iterator[None]:
+    """Turn whatever stops a ModelScope download into one message with the cure, in the place of the client's own.
+
+    Args:
+        endpoint: the hub's address, to name the proxy on the way to it; None for the client's own.
+    """
+    from modelscope import HubApi
+
     client = logging.getLogger("modelscope_hub.download")
 
     def no_error(record: logging.LogRecord) -> bool:
@@ -925,7 +1074,9 @@ def download_errors(model_id: str) -> Iterator[None]:
         files = f": {name}" if name else ""
         if name and len(failed) > 1:
             files += say(" and {count} more", count=len(failed) - 1)
-        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}") from None
+        local = getattr(cause, "errno", None) == errno.ENOSPC
+        through = "" if local else _through_proxy(endpoint or HubApi().endpoint)
+        raise CourseError(f"{model_id}{files}: {_download_advice(name, cause)}{through}") from None
     finally:
         client.removeFilter(no_error)
 
@@ -977,8 +1128,10 @@ class LocalHub:
     sent: list[tuple[str, int, int]] = field(default_factory=list)
 
     def __enter__(self) -> LocalHub:
-        """Start serving on a free port."""
+        """Start serving on a free port, which requests of this process reach without a proxy."""
         hub = self
+        self._direct = around_proxies()
+        self._direct.__enter__()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -994,6 +1147,7 @@ class LocalHub:
 
     def __exit__(self, *_: Any) -> None:
         """Stop serving."""
+        self._direct.__exit__(None, None, None)
         self._server.shutdown()
         self._server.server_close()
 

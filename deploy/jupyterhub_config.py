@@ -10,7 +10,7 @@ A learner has an account of the machine and its password, and is a member of the
     COURSE_MEMORY     the most memory of one learner (4G), all kernels together; held to only where systemd runs.
                       One notebook at a time took 2.6 GiB at most (docs/instructors.md)
     COURSE_HUB_URL    where it listens (http://127.0.0.1:8000). Elsewhere than on this machine only with https:
-    COURSE_CERT, COURSE_KEY   the files of its certificate and key
+    COURSE_CERT, COURSE_KEY   the files of its certificate and key (PEM), which https must have
     COURSE_LANGUAGE, COURSE_UPDATES   handed to the learners' servers
 """
 
@@ -29,8 +29,16 @@ address = urlsplit(os.environ.get("COURSE_HUB_URL") or "http://127.0.0.1:8000")
 if address.scheme != "https" and address.hostname != "127.0.0.1":
     sys.exit(f"{address.geturl()} would send passwords in the clear. COURSE_HUB_URL needs https there.")
 c.JupyterHub.bind_url = address.geturl()
-c.JupyterHub.ssl_cert = os.environ.get("COURSE_CERT", "")
-c.JupyterHub.ssl_key = os.environ.get("COURSE_KEY", "")
+if address.scheme == "https":
+    # Without both files JupyterHub would start all the same, and speak http.
+    for name in ("COURSE_CERT", "COURSE_KEY"):
+        file = os.environ.get(name, "")
+        if not Path(file).is_file() or not os.access(file, os.R_OK):
+            what = f"{name}={file} is no file that can be read" if file else f"{name} is not set"
+            needed = "https needs COURSE_CERT and COURSE_KEY, the files of its certificate and its key"
+            sys.exit(f"{address.geturl()}: {what}. {needed}. The hub was not started.")
+    c.JupyterHub.ssl_cert = os.environ["COURSE_CERT"]
+    c.JupyterHub.ssl_key = os.environ["COURSE_KEY"]
 c.JupyterHub.db_url = f"sqlite:///{state}/jupyterhub.sqlite"
 c.JupyterHub.cookie_secret_file = str(state / "cookie_secret")
 c.ConfigurableHTTPProxy.pid_file = str(state / "proxy.pid")

@@ -14,6 +14,15 @@ for name in [n for n in os.environ if n.startswith(("COURSE_", "SWANLAB_"))]:
 pytest_plugins = ["fault_table"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def around_proxies():
+    """Servers of the tests listen on this machine, whatever proxy it has."""
+    import utils
+
+    with utils.around_proxies():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from transformers import AutoTokenizer

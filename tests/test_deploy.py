@@ -287,8 +287,28 @@ def test_the_hub_lets_in_members_of_one_group_with_a_password_and_makes_nobody_a
 def test_the_hub_sends_no_password_in_the_clear(monkeypatch):
     with pytest.raises(SystemExit, match="passwords in the clear"):
         hub_config(monkeypatch, COURSE_HUB_URL="http://0.0.0.0:8000")
-    config = hub_config(monkeypatch, COURSE_HUB_URL="https://0.0.0.0:443", COURSE_CERT="/c", COURSE_KEY="/k")
-    assert (config.JupyterHub.ssl_cert, config.JupyterHub.ssl_key) == ("/c", "/k")
+
+
+@pytest.mark.parametrize("missing", ["COURSE_CERT", "COURSE_KEY"])
+@pytest.mark.parametrize("kind", ["unset", "empty", "no file", "a folder"])
+def test_https_without_certificate_and_key_does_not_start(monkeypatch, tmp_path, missing, kind):
+    (tmp_path / "pem").write_text("pem")
+    files = dict.fromkeys(("COURSE_CERT", "COURSE_KEY"), str(tmp_path / "pem"))
+    files[missing] = {"unset": "", "empty": "", "no file": str(tmp_path / "gone"), "a folder": str(tmp_path)}[kind]
+    if kind == "unset":
+        del files[missing]
+        monkeypatch.delenv(missing, raising=False)
+    with pytest.raises(SystemExit, match=rf"{missing}.*https needs COURSE_CERT and COURSE_KEY"):
+        hub_config(monkeypatch, COURSE_HUB_URL="https://0.0.0.0:443", **files)
+
+
+def test_https_takes_the_certificate_and_the_key_that_are_there(monkeypatch, tmp_path):
+    for name in ("c", "k"):
+        (tmp_path / name).write_text("pem")
+    given = {"COURSE_CERT": str(tmp_path / "c"), "COURSE_KEY": str(tmp_path / "k")}
+    config = hub_config(monkeypatch, COURSE_HUB_URL="https://0.0.0.0:443", **given)
+    assert config.JupyterHub.bind_url == "https://0.0.0.0:443"
+    assert (config.JupyterHub.ssl_cert, config.JupyterHub.ssl_key) == (given["COURSE_CERT"], given["COURSE_KEY"])
 
 
 @pytest.mark.parametrize(("cores", "learners", "threads"), [(2, "8", "1"), (16, "5", "3"), (16, "1", "16")])

@@ -610,7 +610,7 @@ def test_the_notebook_shows_the_line_that_is_taught(cell):
     for text in ("allow_patterns=[", "folder = snapshot_download("):
         source = cell("02_download", text)
         assert "snapshot_download(" in source
-        assert "utils.download_errors(model_id)" in source
+        assert "utils.download_errors(model_id, endpoint)" in source
         ast.parse(source)
 
 

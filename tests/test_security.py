@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import socket
 import string
 import subprocess
 import sys
@@ -304,7 +305,9 @@ def open_doors(command):
 
 def test_jupyter_is_bound_to_this_machine_and_asks_for_its_token(fault):
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = [line for line in commands.splitlines() if "jupyter lab" in line]
+    (command,) = [line for line in commands.splitlines() if "-m jupyterlab" in line]
+    if os.geteuid() == 0:  # the option is for root only, and says nothing of who may come in
+        command = command.replace(" --allow-root", "")
     assert open_doors(command) == []
     assert not [path for path in secret_scan.tracked(ROOT) if re.match(r"jupyter_\w*config", path.name)]
     for opened in (" --ip=0.0.0.0", " --IdentityProvider.token=''", " --ServerApp.allow_origin='*'"):
@@ -318,13 +321,12 @@ def test_a_real_jupyter_started_so_asks_for_its_token(tmp_path):
     import urllib.request
 
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = [line for line in commands.splitlines() if "jupyter lab" in line]
-    words = command[command.index("jupyter lab") :].split()[1:]  # behind the variable that stands before it
+    (command,) = [line for line in commands.splitlines() if "-m jupyterlab" in line]
+    words = command[command.index("-m jupyterlab") :].split()[2:]  # behind the variables that stand before it
     arguments = [word for word in words if not word.endswith(".ipynb")] + ["--no-browser", "--port=0"]
-    arguments += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     environment = {**os.environ, "HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
     server = subprocess.Popen(
-        [Path(sys.executable).with_name("jupyter"), *arguments],
+        [sys.executable, "-m", "jupyterlab", *arguments],
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.DEVNULL,
@@ -335,6 +337,11 @@ def test_a_real_jupyter_started_so_asks_for_its_token(tmp_path):
             assert time.monotonic() < until
             time.sleep(0.2)
         note = json.loads(notes[0].read_text())
+        port = int(note["url"].rstrip("/").rpartition(":")[2])
+        with socket.socket() as line:  # it writes the note before it listens
+            while line.connect_ex(("127.0.0.1", port)):
+                assert time.monotonic() < until
+                time.sleep(0.2)
         assert note["url"].startswith(("http://127.0.0.1:", "http://localhost:"))
         assert len(note["token"]) >= 32
         with pytest.raises(urllib.error.HTTPError, match="403"):
