@@ -89,7 +89,8 @@ def _three_fields(row: dict[str, Any], seen: Seen) -> tuple[dict[str, Any], set[
     system, turns = row.get("system", ""), []
     if history := row.get("history"):
         turns, faults = _turns(history)
-        problems += [say("'history': {fault}", fault=fault) for fault in faults or _order(turns, closed=True)]
+        faults = faults or _order(turns, closed=True)
+        problems += [say("'{talk}': {problem}", talk="history", problem=fault) for fault in faults]
     return _with_context(made, system, turns, problems), used, problems
 
 
