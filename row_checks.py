@@ -235,7 +235,7 @@ def _order(turns: list[Turn], before: int = 0, closed: bool = False) -> list[str
 #: Words that a placeholder in single brackets holds; others in such brackets are mostly meant.
 NAMES = "name|user|username|user_name|char|character|bot|assistant|author|company|persona|your[ _]name|model_name"
 PLACEHOLDER = re.compile(
-    rf"\{{\{{[^{{}}\n]{{1,30}}\}}\}}|\{{(?:{NAMES})\}}|<(?:{NAMES})>|\[(?:{NAMES.upper()})\]"
+    rf"\{{\{{[^{{}}\n]{{1,30}}\}}\}}|\{{(?:{NAMES})\}}|<(?:{NAMES}|{NAMES.upper()})>|\[(?:{NAMES.upper()})\]"
     r"|[\[【<](?:姓名|名字|用户名|你的名字|您的名字)[\]】>]|(?<![\w%\"'`])%s(?![\w\"'`])"
 )
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)

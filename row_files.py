@@ -115,14 +115,11 @@ def _parquet(raw: bytes) -> list[Any]:
 
 
 def _bits(raw: bytes) -> str | None:
-    """UTF-16 or UTF-32 where a mark or the zero bytes of the first characters say so."""
-    found, letters = json.detect_encoding(raw[:4]), raw[:4].replace(b"\0", b"")
-    marked = raw.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
-    return (
-        found
-        if found.startswith("utf-") and "8" not in found and (marked or letters.decode("latin-1").isprintable())
-        else None
-    )
+    """UTF-16 or UTF-32, where a mark or the zero bytes of the first characters say so."""
+    found, marks = json.detect_encoding(raw[:4]), (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+    letters = raw[:4].replace(b"\0", b"").decode("latin-1")
+    plain = bool(letters) and all(letter.isprintable() or letter.isspace() for letter in letters)
+    return found if not found.startswith("utf-8") and (raw.startswith(marks) or plain) else None
 
 
 def decoded(raw: bytes) -> tuple[str, list[str]]:

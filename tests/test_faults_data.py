@@ -10,15 +10,18 @@ import json
 import lzma
 import pickle
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import utils
+from row_checks import one_form
 
 GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
 OTHER = {"instruction": "你家在哪里？", "input": "", "output": "家在京城。"}
@@ -43,6 +46,7 @@ def chat(turns: list[Any]) -> bytes:
     return as_json([{"messages": turns}])
 
 
+TEXT_OF_A_TURN = st.text("你我是谁在哪里abc,;\"'\t\n ", min_size=1, max_size=12).filter(lambda text: text.strip())
 TEXT = rows_of().decode()
 TURNS = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是甄嬛。"}]
 LINES = b"\n".join(json.dumps(row).encode() for row in (GOOD, OTHER))
@@ -354,6 +358,154 @@ def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind, fault):
     )
 
 
+# ----------------------------------------------------------------------------- files that people bring: tests/cases
+
+CASES = Path(__file__).with_name("cases")
+FIRST = {"instruction": "你是谁？", "input": "", "output": "客官问你是谁，奴家记着呢，第1桌先坐。莫急。"}
+READ = {
+    "alpaca_crlf.jsonl": ("", 30),
+    "columns_pandas.json": ("is a table in columns, read row by row", 30),
+    "input_missing.json": ("", 30),
+    "input_null.json": ("", 30),
+    "excel_gbk.csv": ("is no UTF-8; it was read as GB18030", 30),
+    "rows.parquet": ("is a parquet table, read row by row", 30),
+    "xtuner_conversation.json": ("", 3),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_of_another_form_gives_the_same_rows(name, capsys, fault):
+    said, count = READ[name]
+    rows = utils.load_rows(CASES / name)
+    assert len(rows) == count
+    assert {key: rows[0][key] for key in utils.FIELDS} == FIRST
+    assert said in capsys.readouterr().out
+    fault.record("data", f"the file {name}", "tests/cases", f"{count} rows are read")
+
+
+def test_history_and_system_are_kept():
+    row = utils.load_rows(CASES / "history_system.json")[0]
+    assert row["system"] == "你是茶馆老板娘，说话爽快。"
+    assert [turn["role"] for turn in row["history"]] == ["user", "assistant"] * 2
+    assert row["history"][-1] == {"role": "assistant", "content": "第0壶还没开。"}
+    assert utils.load_rows(CASES / "xtuner_conversation.json")[0] == FIRST | {"system": "你是茶馆老板娘。"}
+
+
+@pytest.mark.parametrize("name", ["data_lfs_pointer.json", "shard_lfs_pointer.safetensors"])
+def test_a_git_lfs_pointer_is_known(name):
+    with pytest.raises(utils.CourseError, match=r"a Git LFS pointer, not the file itself\. Fetch it: git lfs pull"):
+        utils.load_rows(CASES / name)
+
+
+def test_the_configuration_of_a_model_is_no_data():
+    with pytest.raises(utils.CourseError, match="holds one object with 'architectures'"):
+        utils.load_rows(CASES / "fp8_config.json")
+
+
+AUDITED = {
+    "placeholders.json": ("'output' holds {{user}}, which would be said as it is", "'output' holds {{char}}"),
+    "r1_think_in_output.json": ("1, 2, 3, 4, 5 … (30)    reasoning in 'output': trained as the letters of <think>",),
+    "history_system.json": ("'history' is not trained on", "'system' is not trained on"),
+    "long_rows_40.json": ("template's tokens: 1, 2, 3, 4, 5 … (40)", "cuts off the end of these answers", "Shorten or"),
+    "input_null.json": ("0 findings in 30 rows", "plain text: none"),
+}
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_the_audit_names_what_would_be_trained_wrongly(name, said_by_the_notebook, fault):
+    said = said_by_the_notebook(CASES / name)
+    assert all(text in said for text in AUDITED[name]), said
+    fault.record("data", f"the rows of {name}", "tests/cases", "named by notebook 03: " + " … ".join(AUDITED[name]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "用 `{{name}}` 渲染模板", '写 printf("%s\\n", name)', 'print("Hello %s" % name)', "长了 100%，a<b>c",
+        "```\n{user}\n```", "f(x) = {x}", "<|user|>", "[gMASK]", "数组 a[NAMES]", "<table>", "集合 {1, 2}", "[1] 见注",
+    ],
+)  # fmt: skip
+def test_code_and_signs_are_no_placeholders(text):
+    assert not [said for said, _ in utils.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+
+
+@pytest.mark.parametrize(
+    "text", ["我是{{ name }}。", "<NAME>你好", "<name>", "[NAME]", "你好，%s！", "【姓名】", "{user}", "[YOUR NAME]"]
+)
+def test_placeholders_of_every_kind_are_named(text):
+    assert [said for said, _ in utils.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+
+
+TALKS = st.lists(st.tuples(TEXT_OF_A_TURN, TEXT_OF_A_TURN), min_size=1, max_size=4)
+
+
+def forms(pairs: list[tuple[str, str]], system: str) -> dict[str, dict[str, Any]]:
+    """One conversation in each form that people write it in."""
+    (*before, (question, answer)), opening = pairs, [system] if system else []
+    roles = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    named = {"user": "human", "assistant": "gpt"}
+    told = {"system": system}
+    return {
+        "alpaca": {"instruction": question, "input": "", "output": answer, "history": list(map(list, before))} | told,
+        "query": {"query": question, "response": answer, "history": list(map(list, before)), **told},
+        "messages": {
+            "messages": [{"role": "system", "content": one} for one in opening]
+            + [{"role": role, "content": text} for role, text in roles]
+        },
+        "sharegpt": {"system": system, "conversations": [{"from": named[r], "value": text} for r, text in roles]},
+        "xtuner": {"conversation": [{"system": system, "input": q, "output": a} for q, a in pairs]},
+        "prompts": {
+            "prompt": [*({"role": "system", "content": one} for one in opening)]
+            + [{"role": role, "content": text} for role, text in roles[:-1]],
+            "completion": [{"role": "assistant", "content": answer}],
+        },
+    }
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(pairs=TALKS, system=st.sampled_from(["", "你是甄嬛。"]))
+def test_every_form_of_a_conversation_becomes_the_same_row(pairs, system):
+    wanted = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    if system:
+        wanted["system"] = system
+    if len(pairs) > 1:
+        turns = [(role, text) for pair in pairs[:-1] for role, text in zip(("user", "assistant"), pair, strict=True)]
+        wanted["history"] = [{"role": role, "content": text} for role, text in turns]
+    for name, row in forms(pairs, system).items():
+        assert one_form(row, Counter()) == (wanted, []), name
+
+
+def written(rows: list[dict[str, Any]], form: str) -> bytes:
+    """The rows as a file of that form."""
+    if form == "json":
+        return json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    if form == "lines":
+        return "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-8-sig")
+    frame = pandas.DataFrame(rows)
+    if form in ("csv", "tsv"):
+        return frame.to_csv(index=False, sep="," if form == "csv" else "\t").encode()
+    if form == "parquet":
+        return frame.to_parquet(index=False)
+    return frame.to_json(orient=form, force_ascii=False).encode()
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(pairs=TALKS, form=st.sampled_from("json lines csv tsv parquet columns index records split table".split()))
+def test_every_form_of_a_file_gives_the_same_rows(tmp_path_factory, pairs, form):
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in pairs]
+    path = tmp_path_factory.mktemp("forms") / f"mine.{form if form in ('csv', 'tsv') else 'dat'}"
+    path.write_bytes(written(rows, form))
+    assert utils.load_rows(path) == rows
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["huanhuan.json", "teahouse.json"])
+def test_an_encoding_without_doubt_gives_the_same_rows(tmp_path, name, encoding):
+    path = utils.ROOT / "dataset" / name
+    (tmp_path / "mine.json").write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    assert utils.load_rows(tmp_path / "mine.json") == utils.load_rows(path)
+
+
 # ------------------------------------------------------------------------------------------ text stays text
 
 SYSTEM = "现在你要扮演甄嬛。"
@@ -526,8 +678,20 @@ def test_the_template_strips_an_answer_as_the_formatter_does(formatter, tokenize
         assert tokenizer.decode(ids) == f"{whole}<|user|>"
 
 
-def test_a_cut_sample_has_no_terminator_and_notebook_04_counts_it(formatter, cell):
+def test_a_cut_sample_has_no_terminator(formatter):
     long = formatter["tokenize_row"]({"instruction": "问", "input": "", "output": "长" * 5000})
     assert len(long["labels"]) == formatter["MAX_LENGTH"]
     assert long["labels"][-1] != formatter["user_token"]
-    assert "samples that lost their terminator" in cell("04_chat_template", "parts = {}")
+    assert long["labels"].count(formatter["user_token"]) == 0
+
+
+def test_notebook_04_names_the_rows_whose_answers_were_cut(formatter, cell, tmp_path, capsys):
+    rows = utils.load_rows(CASES / "long_rows_40.json")
+    for name, part in (("train", [*rows[:3], GOOD]), ("new_answers", rows[3:5])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    exec(cell("04_chat_template", "parts, cut"), formatter | {"rows_folder": tmp_path, "json": json})
+    said = capsys.readouterr().out
+    assert "longest sample: 1024 tokens; samples that lost their terminator: 5" in said
+    assert "Shorten or split them in your file:" in said
+    assert all(row["instruction"][:30] in said for row in rows[:5])
+    assert GOOD["instruction"] not in said
