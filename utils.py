@@ -39,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from language import CHINESE, LANGUAGES, gloss, glossed, say, translated
-from row_checks import BREAK, FIELDS, parse, row_problems, row_remarks  # noqa: F401 (notebook 03 uses the last one)
+from row_checks import BREAK, FIELDS, few, one_form, row_remarks  # noqa: F401 (notebook 03 uses two of them)
+from row_files import read_rows
 
 # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
 # slowed each other tenfold (8.4 s instead of 0.8 s a step). Read when torch is imported, so it stands before that.
@@ -371,15 +372,17 @@ def require(path: Path, notebook: str, course: Settings, **made_with: Any) -> Pa
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def load_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a data file, every one checked.
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a data file in any of the forms that `row_files` and `row_checks` know, every one checked.
 
     Returns:
-        A list of objects with the three `FIELDS`, all text; further fields are dropped, and a line says so.
+        A list of objects with the three `FIELDS`, all text. Only where a row has them, also `system`, a text, and
+        `history`, the turns before its question as {"role", "content"}. Further fields are dropped. A line says so, and
+        how the file was read if not as a list of such rows.
 
     Raises:
-        CourseError: no file, not UTF-8, not JSON, not a list, or bad rows. One message names the file, each bad row
-            (counted from 1; ten at most) and the mend.
+        CourseError: no file, no text, an encoding in doubt, not well formed, no rows, or bad ones. One message names
+            the file, each bad row (counted from 1; ten at most) and the fix.
     """
     name = shown(path)
     if not path.is_file():
@@ -387,32 +390,30 @@ def load_rows(path: Path) -> list[dict[str, str]]:
         message = "{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json."
         raise CourseError(say(message, name=name, what=what))
     try:
-        raw = path.read_bytes()
-        rows = parse(raw)
+        read = read_rows(path.read_bytes(), path.name)
     except OSError as error:
         message = "{name}: cannot be read ({reason}). Check its permissions."
         raise CourseError(say(message, name=name, reason=error.strerror)) from None
     except ValueError as error:
         raise CourseError(f"{name}: {error}") from None
-    if raw.startswith(b"\xef\xbb\xbf"):
-        print(say("{name}: begins with a byte order mark, which is skipped.", name=name))
-    if not isinstance(rows, list) or not rows:
-        kind = say("an empty list") if rows == [] else say("one {kind}", kind=type(rows).__name__)
-        message = "{name}: holds {kind}, not a list of rows. Write [ {{...}}, {{...}} ]."
-        raise CourseError(say(message, name=name, kind=kind))
-    bad = [
-        say("row {number} {problem}", number=number, problem=problem)
-        for number, row in enumerate(rows, 1)
-        for problem in row_problems(row)
-    ]
+    print(*(f"{name}: {line}\n" for line in read.said), sep="", end="")
+    seen: Counter[tuple[str, str]] = Counter()
+    rows, bad = [], []
+    for number, row in enumerate(read.rows, 1):
+        made, problems = one_form(row, seen)
+        rows.append(made)
+        bad += [say("row {number} {problem}", number=number, problem=problem) for problem in problems]
     if bad:
         message = say("{name}: {count} problems, nothing was trained.", name=name, count=len(bad))
         more = [say("... and {count} more", count=len(bad) - 10)] if len(bad) > 10 else []
         raise CourseError("\n  ".join([message, *bad[:10], *more]))
-    for key, count in Counter(key for row in rows for key in row if key not in FIELDS).items():
-        message = "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are."
-        print(say(message, name=name, key=key[:30], count=count, rows=len(rows), fields=", ".join(FIELDS)))
-    return [{key: row[key] for key in FIELDS} for row in rows]
+    for (key, field_name), count in seen.items():
+        message = "{name}: {key!r} is read as {field!r} (in {count} of {rows} rows)."
+        if field_name == "unused":
+            message = "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are."
+        holes = {"field": field_name, "fields": ", ".join(FIELDS)}
+        print(say(message, name=name, key=key[:30], count=count, rows=len(rows), **holes))
+    return rows
 
 
 def as_text(tokenizer: Any, text: str) -> str:

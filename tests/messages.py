@@ -17,9 +17,30 @@ from string import Formatter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLE = "‹›"
-MODULES = ("utils.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py")
+MODULES = ("utils.py", "row_files.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py")
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
-SPEAKING = {"_download_advice", "_name_error", "row_problems", "parse", "cloud_trouble", "nearest"}
+SPEAKING = {
+    "_download_advice",
+    "_name_error",
+    "parse",
+    "cloud_trouble",
+    "nearest",
+    "other_kind",
+    "_parquet",
+    "read_rows",
+}
+SPEAKING |= {
+    "decoded",
+    "_listed",
+    "_columns",
+    "_table",
+    "one_form",
+    "_three_fields",
+    "_missing",
+    "_problem",
+    "_with_context",
+}
+SPEAKING |= {"_conversation", "_turns", "_turn", "_order"}
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 

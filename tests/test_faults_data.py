@@ -5,17 +5,23 @@ And the other half of the promise: whatever a text spells, it stays text in the 
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
+import pickle
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import utils
+from row_checks import one_form
 
 GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
 OTHER = {"instruction": "你家在哪里？", "input": "", "output": "家在京城。"}
@@ -31,8 +37,24 @@ def escaped(**changed: Any) -> bytes:
     return json.dumps([GOOD, OTHER | changed]).encode()
 
 
+def as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def chat(turns: list[Any]) -> bytes:
+    """A file of one row, a conversation."""
+    return as_json([{"messages": turns}])
+
+
+TEXT_OF_A_TURN = st.text("你我是谁在哪里abc,;\"'\t\n ", min_size=1, max_size=12).filter(lambda text: text.strip())
 TEXT = rows_of().decode()
 TURNS = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是甄嬛。"}]
+LINES = b"\n".join(json.dumps(row).encode() for row in (GOOD, OTHER))
+TRADITIONAL = '[{"instruction": "你是誰？", "output": "我是甄嬛，我的父親是大理寺的。"}]'
+LATIN = '[{"instruction": "Où est le café ?", "output": "Près de la forêt, à côté."}]'
+JAPANESE = '[{"instruction": "あなたは誰ですか？", "output": "私は茶店の主人です。"}]'
+KOREAN = '[{"instruction": "당신은 누구입니까?", "output": "저는 찻집 주인입니다."}]'
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:73cb\nsize 936794\n"
 
 
 @dataclass(frozen=True)
@@ -52,11 +74,29 @@ class Case:
 
 REFUSED = [
     # the bytes
-    Case("GBK in the place of UTF-8", TEXT.encode("gbk"), ("not UTF-8 (line 1, byte", "Save it again as UTF-8")),
-    Case("UTF-16 with its mark", TEXT.encode("utf-16"), ("not UTF-8 (line 1, byte 0", "Save it again as UTF-8")),
-    Case("UTF-16 without a mark", escaped().decode().encode("utf-16-le"), ("zero bytes, as UTF-16", "as UTF-8")),
-    Case("an image", b"\x89PNG\r\n\x1a\n\x00\x00", ("not UTF-8 (line 1, byte 0",)),
+    Case("Latin-1 in the place of UTF-8", LATIN.encode("latin-1"), ("not UTF-8 (line 1, byte", "CP1252", "iconv -f")),
+    Case("Japanese in Shift JIS", JAPANESE.encode("shift_jis"), ("is in doubt", "SHIFT_JIS", "Save it again as UTF-8")),
+    Case("Korean in EUC-KR", KOREAN.encode("euc_kr"), ("is in doubt", "EUC_KR", "Save it again as UTF-8")),
+    Case("UTF-16 cut in the middle", TEXT.encode("utf-16")[:-1], ("not utf-16, as its first bytes say (byte",)),
+    Case("an image", b"\x89PNG\r\n\x1a\n\x00\x00", ("an image or a PDF, not text",)),
+    Case("a photograph", b"\xff\xd8\xff\xe0\x00\x10JFIF", ("an image or a PDF",)),
+    Case("a PDF", b"%PDF-1.7\n%\xe2\xe3", ("an image or a PDF",)),
+    Case("a ZIP archive", b"PK\x03\x04\x14\x00rows.json", ("an archive. Unpack it",)),
+    Case("a gzip file", gzip.compress(rows_of()), ("an archive. Unpack it",)),
+    Case("an xz file", lzma.compress(rows_of()), ("an archive. Unpack it",)),
+    Case("a 7z archive", b"7z\xbc\xaf\x27\x1c\x00\x04", ("an archive. Unpack it",)),
+    Case("a RAR archive", b"Rar!\x1a\x07\x01\x00", ("an archive. Unpack it",)),
+    Case("a spreadsheet", b"PK\x03\x04\x14\x00[Content_Types].xml xl/workbook.xml", ("a spreadsheet. Save it as CSV",)),
+    Case("an old spreadsheet", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ("a spreadsheet", "read_excel('mine.json')")),
+    Case("a pickle", pickle.dumps([GOOD, OTHER]), ("a pickle, which can run code",)),
+    Case("weights saved by torch", b"PK\x03\x04\x00\x00archive/data.pkl", ("a pickle, which can run code",)),
+    Case("safetensors", (64).to_bytes(8, "little") + b'{"a": {"dtype": "F32"}}', ("weights of a model, not rows",)),
+    Case("an Arrow file", b"ARROW1\x00\x00\xff\xff", ("an Arrow file", "to_parquet")),
+    Case("another binary file", bytes(range(256)), ("binary, not text",)),
+    Case("a Git LFS pointer", LFS_POINTER, ("a Git LFS pointer", "git lfs pull")),
+    Case("a torn parquet file", b"PAR1\x15\x04", ("a parquet file that cannot be read",)),
     Case("one wrong byte on line 3", b"[\n{},\n\xff]", ("not UTF-8 (line 3, byte 6",)),
+    Case("one wrong byte in much UTF-8", rows_of(output="好" * 90) + b"\xff", ("not UTF-8", "Save it again as UTF-8")),
     Case("a lone surrogate as bytes", rows_of(output="好\ud83d"), ("not UTF-8",)),
     Case("an empty file", b"", ("The file is empty", "Write [")),
     Case("white space alone", b" \n\t\n", ("The file is empty",)),
@@ -64,10 +104,15 @@ REFUSED = [
     Case("cut off inside a text", rows_of()[:-9], ("line 1 column", "ends too early")),
     Case("cut off between rows", TEXT.split(", {")[0].encode(), ("line 1 column", "ends too early")),
     Case("cut off after a comma", b"[" + json.dumps(GOOD).encode() + b",\n", ("line 2", "ends too early")),
-    Case("JSON Lines", (json.dumps(GOOD) + "\n" + json.dumps(OTHER)).encode(), ("line 2", "JSON Lines: put [ before")),
-    Case("two lists one after the other", rows_of() + rows_of(), ("Extra data",)),
-    Case("CSV", "instruction,input,output\n你好,,好".encode(), ("line 1", "convert a table (CSV) to JSON")),
-    Case("a table of numbers", b"1,2,3", ("convert a table (CSV) to JSON",)),
+    Case("JSON Lines with a slip", LINES[:-1] + b",}", ("JSON Lines, but line 2 is not JSON", "mend that one")),
+    Case("two lists one after the other", rows_of() + rows_of(), ("Extra data", "put them into one list")),
+    Case("a table without a head", b"1,2,3", ("a first line with the names",)),
+    Case(
+        "CSV with a comma too many", b"instruction,output\na,b,c", ("row 1 (line 2) has more cells", "quote its commas")
+    ),
+    Case("CSV with an open quote", b'instruction,output\na,"b', ("not a table", "double quotes")),
+    Case("CSV with a head alone", b"instruction,output\n", ("holds an empty list",)),
+    Case("CSV in other words", "问题,instruction,answer\n甲,,乙".encode(), ("row 1 'instruction' is empty",)),
     Case("a web page", b"<!DOCTYPE html><html></html>", ("a web page: download the file itself",)),
     Case("single quotes", str([GOOD]).encode(), ("line 1 column 3", "in the place of a double quote")),
     Case("a comma after the last field", b'[{"instruction": "a",}]', ("line 1", "a comma too many")),
@@ -80,29 +125,56 @@ REFUSED = [
     Case("a number of 5,000 digits", b"[" + b"1" * 5000 + b"]", ("4300 digits", "no numbers")),
     # JSON of another form
     Case("an empty list", b"[]", ("holds an empty list", "Write [")),
-    Case("one row without a list", json.dumps(GOOD).encode(), ("holds one dict", "Write [")),
-    Case("a dict of rows", json.dumps({"data": [GOOD]}).encode(), ("holds one dict", "Write [")),
+    Case(
+        "an object of something else", b'{"model_type": "glm4_moe"}', ("holds one object with 'model_type'", "Write [")
+    ),
+    Case("an object with two lists", as_json({"train": [GOOD], "test": [GOOD]}), ("several lists ('train', 'test')",)),
+    Case("an empty object", b"{}", ("holds one dict", "Write [")),
+    Case("columns of two lengths", as_json({"instruction": ["a", "b"], "output": ["c"]}), ("different lengths", "2")),
     Case("a text", b'"hello"', ("holds one str", "Write [")),
     Case("null", b"null", ("holds one NoneType", "Write [")),
     Case("a list in the place of a row", b'[["a", "b"]]', ("row 1 is list", "write {'instruction'")),
     Case("a list around the list", b"[" + rows_of() + b"]", ("row 1 is list",)),
     Case("null in the place of a row", b"[null]", ("row 1 is NoneType", "write {")),
-    Case("messages of a chat", json.dumps([{"messages": TURNS}]).encode(), ("row 1 is a conversation", "write a row")),
+    Case("a chat that the assistant begins", chat(TURNS[::-1]), ("row 1 'messages': turn 1 is the assistant's",)),
+    Case("a chat that ends with the user", chat([*TURNS, TURNS[0]]), ("'messages': ends with the user's turn 3",)),
+    Case("two turns of the user", chat([TURNS[0], *TURNS]), ("turn 2 is the user's as the one before: join",)),
+    Case("an unknown role", chat([*TURNS, {"role": "tool", "content": "a"}]), ("turn 3 has the role 'tool': use",)),
+    Case("an empty turn", chat([TURNS[0], {"role": "assistant", "content": " "}]), ("turn 2 'assistant' is empty",)),
+    Case("a turn without text", chat([TURNS[0], {"role": "assistant"}]), ("turn 2 has no 'content' (nor 'value')",)),
+    Case("a sharegpt turn without text", as_json([{"conversations": [{"from": "human"}]}]), ("has no 'value' (nor",)),
+    Case("turns of other keys", chat([{"speaker": "a", "text": "b"}]), ("the keys 'speaker', 'text': use 'role' and",)),
+    Case("a turn that is a text", chat(["a", "b"]), ("turn 1 is str, not an object: write {'role'",)),
     Case(
-        "the sharegpt layout",
-        json.dumps([GOOD, {"conversations": [{"from": "human", "value": "a"}]}]).encode(),
-        ("row 2 is a conversation ('conversations')", "its answer as 'output'"),
+        "a system turn in the middle", chat([*TURNS, {"role": "system", "content": "a"}]), ("turn 3 is the system's",)
     ),
+    Case("a chat that is a text", as_json([{"messages": "a"}]), ("'messages': is str, not a list of turns",)),
+    Case("a chat of a system prompt", chat([{"role": "system", "content": "a"}]), ("'messages': holds no turns",)),
+    Case(
+        "a turn with half an emoji",
+        chat([TURNS[0], {"role": "user", "content": "\ud83d"}]),
+        ("turn 2 'user' holds U+",),
+    ),
+    Case("a chat and three fields", as_json([GOOD | {"messages": TURNS}]), ("has 'messages' and 'instruction': keep",)),
+    Case(
+        "two system prompts",
+        as_json([{"system": "a", "messages": [{"role": "system", "content": "b"}, *TURNS]}]),
+        ("has two system prompts",),
+    ),
+    Case("a history of one half", rows_of(history=[["a", ""]]), ("row 2 'history': turn 1 'assistant' is empty",)),
+    Case("a history of texts", rows_of(history="a"), ("row 2 'history': is str, not a list of turns",)),
+    Case("an open history", rows_of(history=[TURNS[0]]), ("row 2 'history': ends with the user's turn 1",)),
+    Case("a system prompt that is a list", rows_of(system=["a"]), ("row 2 'system' is list, not text",)),
     Case(
         "other names of the fields",
-        json.dumps([{"prompt": "a", "completion": "b"}]).encode(),
-        ("row 1 has no field 'instruction': add it, or rename one of 'prompt', 'completion'",),
+        json.dumps([{"ask": "a", "reply": "b"}]).encode(),
+        ("row 1 has no field 'instruction': add it, or rename one of 'ask', 'reply'",),
     ),
+    Case("a name too many", as_json([{"query": "a", "prompt": "b", "output": "c"}]), ("has 'query', 'prompt' and no",)),
     Case("a capital in a name", json.dumps([{"Instruction": "a"}]).encode(), ("rename one of 'Instruction'",)),
-    Case("no input", json.dumps([{"instruction": "a", "output": "b"}]).encode(), ("'input': add it (it may be",)),
     Case("an empty row", b"[{}]", ("row 1 has no field 'instruction'", "row 1 has no field 'output'")),
     # wrong values
-    Case("null in a field", rows_of(input=None), ("row 2 'input' is NoneType, not text", "double quotes")),
+    Case("null in a field", rows_of(output=None), ("row 2 'output' is empty: write it",)),
     Case("a number in a field", rows_of(output=3), ("row 2 'output' is int, not text",)),
     Case("NaN in a field", rows_of(output=float("nan")), ("row 2 'output' is float, not text",)),
     Case("true in a field", rows_of(output=True), ("row 2 'output' is bool, not text",)),
@@ -130,8 +202,47 @@ REFUSED = [
 ]
 TAKEN = [
     Case("a byte order mark", b"\xef\xbb\xbf" + rows_of(), ("byte order mark, which is skipped",)),
-    Case("alpaca with a history", rows_of(history=[["a", "b"]]), ("'history' is not used (in 1 of 2 rows)",)),
-    Case("a system prompt in the row", rows_of(system="你是甄嬛。"), ("'system' is not used (in 1 of 2 rows)",)),
+    Case("GBK in the place of UTF-8", TEXT.encode("gbk"), ("read as GB18030, in which it makes sense", "0 findings")),
+    Case("Big5 in the place of UTF-8", TRADITIONAL.encode("big5"), ("read as BIG5, in which it makes sense",)),
+    Case("UTF-16 with its mark", TEXT.encode("utf-16"), ("is utf-16, and was read so", "0 findings in 2 rows")),
+    Case("UTF-16 without a mark", TEXT.encode("utf-16-le"), ("is utf-16-le, and was read so", "0 findings in 2 rows")),
+    Case("JSON Lines", LINES, ("0 findings in 2 rows",)),
+    Case("JSON Lines with Windows line ends", LINES.replace(b"\n", b"\r\n") + b"\r\n\r\n", ("0 findings in 2 rows",)),
+    Case("JSON Lines of one line", as_json(GOOD), ("0 findings in 1 rows",)),
+    Case("CSV", "instruction,input,output\n你好,,好".encode(), ("0 findings in 1 rows",)),
+    Case("CSV of a European Excel", "instruction;output\n你好;好\n;\n".encode("utf-8-sig"), ("0 findings in 1 rows",)),
+    Case("TSV", "query\tresponse\n你好\t好".encode(), ("'query' is read as 'instruction' (in 1 of 1 rows)",)),
+    Case("a list under a key", as_json({"version": 1, "data": [GOOD]}), ("the rows are the list under 'data'",)),
+    Case("columns of lists", as_json({"instruction": ["你好"], "output": ["好"]}), ("is a table in columns", "1 rows")),
+    Case("columns numbered", as_json({"instruction": {"0": "你好"}, "output": {"0": "好"}}), ("a table in columns",)),
+    Case("pandas' split", as_json({"columns": ["query", "answer"], "data": [["a", "b"]]}), ("a table in columns",)),
+    Case("pandas' index", as_json({"0": GOOD, "1": OTHER}), ("0 findings in 2 rows",)),
+    Case("no input", as_json([{"instruction": "a", "output": "b"}]), ("0 findings in 1 rows",)),
+    Case("null in input", rows_of(input=None), ("0 findings in 2 rows",)),
+    Case("prompt and completion", as_json([{"prompt": "a", "completion": "b"}]), ("'completion' is read as 'output'",)),
+    Case("messages of a chat", chat(TURNS), ("0 findings in 1 rows",)),
+    Case("a chat of two questions", chat([*TURNS, *TURNS]), ("1    'history' is not trained on",)),
+    Case(
+        "the sharegpt layout",
+        as_json([GOOD, {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]),
+        ("0 findings in 2 rows",),
+    ),
+    Case(
+        "reasoning beside a turn",
+        chat([TURNS[0], TURNS[1] | {"reasoning": "a"}]),
+        ("'messages.reasoning' is not used",),
+    ),
+    Case("alpaca with a history", rows_of(history=[["a", "b"]]), ("2    'history' is not trained on",)),
+    Case(
+        "a system prompt in the row", rows_of(system="你是甄嬛。"), ("2    'system' is not trained on", "SYSTEM_PROMPT")
+    ),
+    Case(
+        "reasoning in the answer",
+        rows_of(output="<think>嗯</think>好"),
+        ("trained as the letters of <think>", "a field"),
+    ),
+    Case("a placeholder", rows_of(output="我叫{{name}}。"), ("2    'output' holds {{name}}, which would be said",)),
+    Case("a placeholder of another kind", rows_of(instruction="你好，[NAME]"), ("'instruction' holds [NAME]",)),
     Case(
         "further fields with odd names",
         escaped(**{"\ud800\n": 1, "": 2}),
@@ -152,10 +263,14 @@ TAKEN = [
     Case("a space of no width", rows_of(input="a\u200bb"), ("2    'input' holds U+200B ZERO WIDTH SPACE",)),
     Case("a lost character", rows_of(output="好\ufffd"), ("2    'output' holds U+FFFD REPLACEMENT CHARACTER",)),
     Case("a code point of no character", rows_of(output="好\uffff"), ("2    'output' holds U+FFFF no character",)),
-    Case("a turn's tag in the question", rows_of(instruction="好<|user|>"), ("which stays plain text: [2]",)),
-    Case("[gMASK] in the answer", rows_of(output="[gMASK]<sop>"), ("which stays plain text: [2]",)),
-    Case("a tag over two fields", rows_of(instruction="a<|us", input="er|>"), ("which stays plain text: [2]",)),
-    Case("a row longer than a sample", rows_of(output="长" * 5_000), ("no room for the template's tokens: [2]",)),
+    Case("a turn's tag in the question", rows_of(instruction="好<|user|>"), ("which stays plain text: 2",)),
+    Case("[gMASK] in the answer", rows_of(output="[gMASK]<sop>"), ("which stays plain text: 2",)),
+    Case("a tag over two fields", rows_of(instruction="a<|us", input="er|>"), ("which stays plain text: 2",)),
+    Case(
+        "a row longer than a sample",
+        rows_of(output="长" * 5_000),
+        ("no room for the template's tokens: 2", "Shorten or split"),
+    ),
     Case("emoji", rows_of(instruction="👩‍🔬", output="👍🏽"), ("0 findings in 2 rows", "plain text: none")),
     Case("two questions of emoji", json.dumps([GOOD | {"instruction": e} for e in "😀😢"]).encode(), ("0 findings",)),
     Case("Windows line ends", json.dumps([GOOD, OTHER], indent=1).replace("\n", "\r\n").encode(), ("0 findings",)),
@@ -190,7 +305,7 @@ def test_a_bad_file_gets_one_message_with_file_place_and_mend(tmp_path, case, fa
 @pytest.fixture
 def said_by_the_notebook(cell, tokenizer, capsys, monkeypatch):
     """What load_rows and notebook 03's cells on the rows print for a file."""
-    cells = [cell("03_dataset", text) for text in ("def plain", "findings = audit(rows)", "MAX_LENGTH = 1024")]
+    cells = [cell("03_dataset", text) for text in ("def plain", "where = audit(rows)", "MAX_LENGTH = 1024")]
 
     def say(path: Path) -> str:
         monkeypatch.setenv("COURSE_DATA", str(path))
@@ -241,6 +356,154 @@ def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind, fault):
         "in its place",
         "refused: " + said,
     )
+
+
+# ----------------------------------------------------------------------------- files that people bring: tests/cases
+
+CASES = Path(__file__).with_name("cases")
+FIRST = {"instruction": "你是谁？", "input": "", "output": "客官问你是谁，奴家记着呢，第1桌先坐。莫急。"}
+READ = {
+    "alpaca_crlf.jsonl": ("", 30),
+    "columns_pandas.json": ("is a table in columns, read row by row", 30),
+    "input_missing.json": ("", 30),
+    "input_null.json": ("", 30),
+    "excel_gbk.csv": ("is no UTF-8; it was read as GB18030", 30),
+    "rows.parquet": ("is a parquet table, read row by row", 30),
+    "xtuner_conversation.json": ("", 3),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_of_another_form_gives_the_same_rows(name, capsys, fault):
+    said, count = READ[name]
+    rows = utils.load_rows(CASES / name)
+    assert len(rows) == count
+    assert {key: rows[0][key] for key in utils.FIELDS} == FIRST
+    assert said in capsys.readouterr().out
+    fault.record("data", f"the file {name}", "tests/cases", f"{count} rows are read")
+
+
+def test_history_and_system_are_kept():
+    row = utils.load_rows(CASES / "history_system.json")[0]
+    assert row["system"] == "你是茶馆老板娘，说话爽快。"
+    assert [turn["role"] for turn in row["history"]] == ["user", "assistant"] * 2
+    assert row["history"][-1] == {"role": "assistant", "content": "第0壶还没开。"}
+    assert utils.load_rows(CASES / "xtuner_conversation.json")[0] == FIRST | {"system": "你是茶馆老板娘。"}
+
+
+@pytest.mark.parametrize("name", ["data_lfs_pointer.json", "shard_lfs_pointer.safetensors"])
+def test_a_git_lfs_pointer_is_known(name):
+    with pytest.raises(utils.CourseError, match=r"a Git LFS pointer, not the file itself\. Fetch it: git lfs pull"):
+        utils.load_rows(CASES / name)
+
+
+def test_the_configuration_of_a_model_is_no_data():
+    with pytest.raises(utils.CourseError, match="holds one object with 'architectures'"):
+        utils.load_rows(CASES / "fp8_config.json")
+
+
+AUDITED = {
+    "placeholders.json": ("'output' holds {{user}}, which would be said as it is", "'output' holds {{char}}"),
+    "r1_think_in_output.json": ("1, 2, 3, 4, 5 … (30)    reasoning in 'output': trained as the letters of <think>",),
+    "history_system.json": ("'history' is not trained on", "'system' is not trained on"),
+    "long_rows_40.json": ("template's tokens: 1, 2, 3, 4, 5 … (40)", "cuts off the end of these answers", "Shorten or"),
+    "input_null.json": ("0 findings in 30 rows", "plain text: none"),
+}
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_the_audit_names_what_would_be_trained_wrongly(name, said_by_the_notebook, fault):
+    said = said_by_the_notebook(CASES / name)
+    assert all(text in said for text in AUDITED[name]), said
+    fault.record("data", f"the rows of {name}", "tests/cases", "named by notebook 03: " + " … ".join(AUDITED[name]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "用 `{{name}}` 渲染模板", '写 printf("%s\\n", name)', 'print("Hello %s" % name)', "长了 100%，a<b>c",
+        "```\n{user}\n```", "f(x) = {x}", "<|user|>", "[gMASK]", "数组 a[NAMES]", "<table>", "集合 {1, 2}", "[1] 见注",
+    ],
+)  # fmt: skip
+def test_code_and_signs_are_no_placeholders(text):
+    assert not [said for said, _ in utils.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+
+
+@pytest.mark.parametrize(
+    "text", ["我是{{ name }}。", "<NAME>你好", "<name>", "[NAME]", "你好，%s！", "【姓名】", "{user}", "[YOUR NAME]"]
+)
+def test_placeholders_of_every_kind_are_named(text):
+    assert [said for said, _ in utils.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+
+
+TALKS = st.lists(st.tuples(TEXT_OF_A_TURN, TEXT_OF_A_TURN), min_size=1, max_size=4)
+
+
+def forms(pairs: list[tuple[str, str]], system: str) -> dict[str, dict[str, Any]]:
+    """One conversation in each form that people write it in."""
+    (*before, (question, answer)), opening = pairs, [system] if system else []
+    roles = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    named = {"user": "human", "assistant": "gpt"}
+    told = {"system": system}
+    return {
+        "alpaca": {"instruction": question, "input": "", "output": answer, "history": list(map(list, before))} | told,
+        "query": {"query": question, "response": answer, "history": list(map(list, before)), **told},
+        "messages": {
+            "messages": [{"role": "system", "content": one} for one in opening]
+            + [{"role": role, "content": text} for role, text in roles]
+        },
+        "sharegpt": {"system": system, "conversations": [{"from": named[r], "value": text} for r, text in roles]},
+        "xtuner": {"conversation": [{"system": system, "input": q, "output": a} for q, a in pairs]},
+        "prompts": {
+            "prompt": [*({"role": "system", "content": one} for one in opening)]
+            + [{"role": role, "content": text} for role, text in roles[:-1]],
+            "completion": [{"role": "assistant", "content": answer}],
+        },
+    }
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(pairs=TALKS, system=st.sampled_from(["", "你是甄嬛。"]))
+def test_every_form_of_a_conversation_becomes_the_same_row(pairs, system):
+    wanted = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    if system:
+        wanted["system"] = system
+    if len(pairs) > 1:
+        turns = [(role, text) for pair in pairs[:-1] for role, text in zip(("user", "assistant"), pair, strict=True)]
+        wanted["history"] = [{"role": role, "content": text} for role, text in turns]
+    for name, row in forms(pairs, system).items():
+        assert one_form(row, Counter()) == (wanted, []), name
+
+
+def written(rows: list[dict[str, Any]], form: str) -> bytes:
+    """The rows as a file of that form."""
+    if form == "json":
+        return json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    if form == "lines":
+        return "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-8-sig")
+    frame = pandas.DataFrame(rows)
+    if form in ("csv", "tsv"):
+        return frame.to_csv(index=False, sep="," if form == "csv" else "\t").encode()
+    if form == "parquet":
+        return frame.to_parquet(index=False)
+    return frame.to_json(orient=form, force_ascii=False).encode()
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(pairs=TALKS, form=st.sampled_from("json lines csv tsv parquet columns index records split table".split()))
+def test_every_form_of_a_file_gives_the_same_rows(tmp_path_factory, pairs, form):
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in pairs]
+    path = tmp_path_factory.mktemp("forms") / f"mine.{form if form in ('csv', 'tsv') else 'dat'}"
+    path.write_bytes(written(rows, form))
+    assert utils.load_rows(path) == rows
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["huanhuan.json", "teahouse.json"])
+def test_an_encoding_without_doubt_gives_the_same_rows(tmp_path, name, encoding):
+    path = utils.ROOT / "dataset" / name
+    (tmp_path / "mine.json").write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    assert utils.load_rows(tmp_path / "mine.json") == utils.load_rows(path)
 
 
 # ------------------------------------------------------------------------------------------ text stays text
@@ -415,8 +678,20 @@ def test_the_template_strips_an_answer_as_the_formatter_does(formatter, tokenize
         assert tokenizer.decode(ids) == f"{whole}<|user|>"
 
 
-def test_a_cut_sample_has_no_terminator_and_notebook_04_counts_it(formatter, cell):
+def test_a_cut_sample_has_no_terminator(formatter):
     long = formatter["tokenize_row"]({"instruction": "问", "input": "", "output": "长" * 5000})
     assert len(long["labels"]) == formatter["MAX_LENGTH"]
     assert long["labels"][-1] != formatter["user_token"]
-    assert "samples that lost their terminator" in cell("04_chat_template", "parts = {}")
+    assert long["labels"].count(formatter["user_token"]) == 0
+
+
+def test_notebook_04_names_the_rows_whose_answers_were_cut(formatter, cell, tmp_path, capsys):
+    rows = utils.load_rows(CASES / "long_rows_40.json")
+    for name, part in (("train", [*rows[:3], GOOD]), ("new_answers", rows[3:5])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    exec(cell("04_chat_template", "parts, cut"), formatter | {"rows_folder": tmp_path, "json": json})
+    said = capsys.readouterr().out
+    assert "longest sample: 1024 tokens; samples that lost their terminator: 5" in said
+    assert "Shorten or split them in your file:" in said
+    assert all(row["instruction"][:30] in said for row in rows[:5])
+    assert GOOD["instruction"] not in said
