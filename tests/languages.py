@@ -36,7 +36,7 @@ COMPLETE = True
 UNTRANSLATED = "<!-- untranslated -->\n"
 MADE = {"header", "footer"}  # tags of the cells that headers.py writes
 #: The modules whose functions speak to a learner.
-HELPERS = ("utils.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py")
+HELPERS = ("utils.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py", "model_check.py")
 HELPERS += ("tests/run_series.py", "tests/headless.py")
 MODULES = {Path(name).stem for name in HELPERS}
 SAY = {"say", "glossed", "gloss", "translated"}

@@ -17,7 +17,16 @@ from string import Formatter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLE = "‹›"
-MODULES = ("utils.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py", "tests/headless.py")
+MODULES = (
+    "utils.py",
+    "row_checks.py",
+    "runs.py",
+    "planner.py",
+    "full_size.py",
+    "train.py",
+    "model_check.py",
+    "tests/headless.py",
+)
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
 SPEAKING = {"_download_advice", "_name_error", "row_problems", "parse", "cloud_trouble", "nearest", "_line"}
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
