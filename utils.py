@@ -189,8 +189,9 @@ def cached_model(model_id: str) -> Path | None:
     from modelscope import snapshot_download
     from modelscope_hub.errors import HubError
 
-    # Said anew at each call: the client reads the variable once only.
-    cache = os.path.expanduser(os.environ.get("MODELSCOPE_CACHE", "")) or None
+    # Handed over at each call, for the client reads the variable only once.
+    named = os.environ.get("MODELSCOPE_CACHE")
+    cache = Path(named).expanduser() if named else None
     try:
         return whole(Path(snapshot_download(model_id, cache_dir=cache, local_files_only=True)))
     except (HubError, OSError, ValueError, CourseError):  # not there, or not all of it

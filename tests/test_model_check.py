@@ -1,9 +1,10 @@
 """A model's folder is checked before it is used: one message for each fault, with the file and the fix."""
 
 import json
-import os
+import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -160,7 +161,7 @@ def test_a_model_in_modelscopes_cache_is_found(folder, monkeypatch, tmp_path, la
     monkeypatch.setenv("COURSE_MODEL", "owner/name")
     place = tmp_path / "cache" / layout
     place.parent.mkdir(parents=True)
-    os.rename(folder, place)
+    folder.rename(place)
     assert utils.model_folder(utils.settings()) == place
     (place / "model-00002-of-00003.safetensors").unlink()  # a download that was broken off is not taken
     with pytest.raises(utils.CourseError, match="or set COURSE_MODEL to the folder that holds the model"):
@@ -168,15 +169,13 @@ def test_a_model_in_modelscopes_cache_is_found(folder, monkeypatch, tmp_path, la
 
 
 def test_notebook_02_does_not_fetch_what_is_in_the_cache(folder, monkeypatch, tmp_path, cell, capsys):
-    from pathlib import Path
-
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COURSE_MODEL", "owner/name")
     place = tmp_path / "cache" / "models" / "owner--name" / "snapshots" / "master"
     place.parent.mkdir(parents=True)
-    os.rename(folder, place)
+    folder.rename(place)
     monkeypatch.setattr(utils, "reachable", lambda *_: pytest.fail("the hub is asked"))
-    names = {"course": utils.settings(), "utils": utils, "Path": Path, "re": __import__("re")}
+    names = {"course": utils.settings(), "utils": utils, "Path": Path, "re": re}
     exec(cell("02_download", "is_id = not Path("), names)
     names["hub"].__exit__()
     said = capsys.readouterr().out
