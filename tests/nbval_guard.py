@@ -58,9 +58,15 @@ _runtest = IPyNbCell.runtest
 
 def runtest(item: IPyNbCell) -> None:
     """As `IPyNbCell.runtest`, with a line on the terminal about a cell that takes long."""
-    terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+    plugins = item.config.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+
+    def tell(line: str) -> None:
+        with capture.global_and_fixture_disabled():  # what a test prints is shown only where it fails
+            terminal.write_line(f"\n{line}")
+
     limit = int(float(item.config.option.nbval_cell_timeout))
-    waiting = headless.Waiting(item.parent.path.stem, limit, lambda line: terminal.write_line(f"\n{line}"))
+    waiting = headless.Waiting(item.parent.path.stem, limit, tell)
     waiting.begin(item.cell)
     try:
         _runtest(item)
