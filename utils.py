@@ -198,8 +198,11 @@ def model_folder(course: Settings) -> Path:
     """The folder that holds the weights.
 
     Raises:
-        CourseError: no model there, a model id that notebook 02 has not fetched, or weights that are not safetensors.
+        CourseError: no model there, a model id that is neither fetched by notebook 02 nor in ModelScope's cache, or a
+            model that `model_check` refuses.
     """
+    import model_check
+
     folder = Path(course.model)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", course.model):
@@ -207,32 +210,49 @@ def model_folder(course: Settings) -> Path:
             raise CourseError(say(message, model=course.model))
         note = course.output / "hub" / "fetched.json"
         fetched = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-        if course.model not in fetched:
-            message = "{model} is not on this machine yet. Run notebook 02_download with internet first."
+        if course.model in fetched:
+            folder = course.output / "hub" / fetched[course.model]
+        elif not (folder := cached_model(course.model)):
+            message = (
+                "{model} is not on this machine yet. Run notebook 02_download with internet first, "
+                "or set COURSE_MODEL to the folder that holds the model."
+            )
             raise CourseError(say(message, model=course.model))
-        folder = course.output / "hub" / fetched[course.model]
     if not (folder / "config.json").is_file():
         message = "{folder}: no config.json there, so no model. Check COURSE_MODEL or run 02_download."
         raise CourseError(say(message, folder=shown(folder)))
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "glm4_moe")
-    if kind != "glm4_moe":
-        message = "{folder} is a {kind} model. The course is made for glm4_moe: template, layers, names."
-        raise CourseError(say(message, folder=shown(folder), kind=kind))
-    return whole(folder)
+    return model_check.check(folder)
+
+
+def cached_model(model_id: str) -> Path | None:
+    """The folder of a whole model in ModelScope's own cache (`MODELSCOPE_CACHE`, else its default), if there is one."""
+    from modelscope import snapshot_download
+    from modelscope_hub.errors import HubError
+
+    # Handed over at each call, for the client reads the variable only once.
+    named = os.environ.get("MODELSCOPE_CACHE")
+    cache = Path(named).expanduser() if named else None
+    try:
+        return whole(Path(snapshot_download(model_id, cache_dir=cache, local_files_only=True)))
+    except (HubError, OSError, ValueError, CourseError):  # not there, or not all of it
+        return None
 
 
 def whole(folder: Path) -> Path:
     """The folder of a model or an adapter, when all of its weights are there as safetensors.
 
     Raises:
-        CourseError: no safetensors (a pickle may be there, which can run code when it is loaded and is not read), or
-            fewer shards than the model's index names.
+        CourseError: pointers of Git LFS, no safetensors (a pickle may be there, which can run code when it is loaded
+            and is not read), or fewer shards than the model's index names.
     """
+    from model_check import read_json, refuse_pointers
+
+    refuse_pointers(folder)
     if not any(folder.glob("*.safetensors")):
         message = "{folder}: no *.safetensors there. The course loads no other kind of weights."
         raise CourseError(say(message, folder=shown(folder)))
     index = folder / "model.safetensors.index.json"
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    named = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
     if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
         message = (
             "{folder}: its index names weights that are missing: {missing}. Run 02_download again; "

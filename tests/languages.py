@@ -44,7 +44,9 @@ HELPERS = (
     "planner.py",
     "full_size.py",
     "train.py",
+    "model_check.py",
     "tests/run_series.py",
+    "tests/headless.py",
 )
 MODULES = {Path(name).stem for name in HELPERS}
 SAY = {"say", "glossed", "gloss", "translated"}

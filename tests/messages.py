@@ -18,6 +18,7 @@ from string import Formatter
 ROOT = Path(__file__).resolve().parents[1]
 HOLE = "‹›"
 MODULES = ("utils.py", "row_files.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py")
+MODULES += ("model_check.py", "tests/headless.py")
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
 SPEAKING = {
     "_download_advice",
@@ -40,7 +41,7 @@ SPEAKING |= {
     "_problem",
     "_with_context",
 }
-SPEAKING |= {"_conversation", "_turns", "_turn", "_order"}
+SPEAKING |= {"_conversation", "_turns", "_turn", "_order", "_line"}
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 

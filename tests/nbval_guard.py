@@ -1,4 +1,5 @@
-"""A pytest plugin for nbval: a dead kernel fails its cell within seconds, and each notebook's cost is measured.
+"""A pytest plugin for nbval: a dead kernel fails its cell within seconds, each notebook's cost is measured, and a cell
+that takes more than a minute is named while it runs.
 
 nbval alone would wait for the cell's limit. The costs go to `measured.json` in the folder that `COURSE_OUTPUT` names.
 Cells whose ids `NOT_COMPARED` holds are executed, and their outputs are not compared (run_nbval.py says which and why).
@@ -11,6 +12,7 @@ import time
 from queue import Empty
 from typing import Any
 
+import headless
 from headers import ROOT, folder_mib, peak_mib, record
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
@@ -50,6 +52,29 @@ def compare_outputs(item: IPyNbCell, *args: Any, **kwargs: Any) -> bool:
 
 
 IPyNbCell.compare_outputs = compare_outputs
+
+_runtest = IPyNbCell.runtest
+
+
+def runtest(item: IPyNbCell) -> None:
+    """As `IPyNbCell.runtest`, with a line on the terminal about a cell that takes long."""
+    plugins = item.config.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+
+    def tell(line: str) -> None:
+        with capture.global_and_fixture_disabled():  # what a test prints is shown only where it fails
+            terminal.write_line(f"\n{line}")
+
+    limit = int(float(item.config.option.nbval_cell_timeout))
+    waiting = headless.Waiting(item.parent.path.stem, limit, tell)
+    waiting.begin(item.cell)
+    try:
+        _runtest(item)
+    finally:
+        waiting.end()
+
+
+IPyNbCell.runtest = runtest
 
 _setup, _teardown = IPyNbFile.setup, IPyNbFile.teardown
 

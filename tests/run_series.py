@@ -5,7 +5,8 @@ with `--store` the outputs and the measured headers are stored in the notebooks 
 All of them are stored at the end or none: nothing when a notebook fails, and nothing when other programs took so much
 of the processor that the measured minutes are not the notebooks' (`--disturbed-anyway` stores them all the same).
 The language is that of `COURSE_LANGUAGE`.
-With `--cell-seconds N` a cell may take so long; several learners on one machine need it.
+Every cell has a limit: `--cell-seconds N`, else the variable `COURSE_CELL_SECONDS`, else 15 minutes with the bundled
+model and a day with another. A cell that takes more than a minute is named while it runs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import time
 from pathlib import Path
 
 import disturbance
+import headless
 import languages
 import nbformat
 from headers import folder_mib, peak_mib, record, write
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,23 +46,24 @@ def clean(notebook: nbformat.NotebookNode) -> None:
                     holder[key] = holder[key].replace(f"{ROOT}/", "")
 
 
-def run(path: Path, output: Path, cell_seconds: int) -> tuple[nbformat.NotebookNode, dict[str, float]]:
+def run(path: Path, output: Path, limit: int) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     """The executed notebook, and what it cost: seconds, memory of its kernel and disk in MiB.
 
     Raises:
         CellExecutionError, DeadKernelError: a cell failed, or its kernel died.
+        CourseError: a cell took longer than `limit` seconds.
 
     """
     notebook = nbformat.read(path, as_version=4)
-    # A full-size run takes hours in one cell, so only the bundled model has a limit.
-    limit = cell_seconds if utils.settings().bundled else None
-    resources = {"metadata": {"path": str(path.parent)}}
-    # The kernel's warning about its (signed, local) TCP ports would break the progress lines.
-    client = NotebookClient(notebook, timeout=limit, resources=resources, extra_arguments=["--log-level=40"])
     peaks = [0.0]
-    client.on_cell_executed = lambda **_: peaks.append(peak_mib(client.km.provisioner.pid))
     begun, before = time.time(), folder_mib(output)
-    client.execute()
+    headless.execute(
+        notebook,
+        path,
+        limit,
+        tell=lambda line: print(f"\n{line} ", end="", flush=True),
+        on_cell_executed=lambda client: peaks.append(peak_mib(client.km.provisioner.pid)),
+    )
     clean(notebook)
     cost = {"seconds": time.time() - begun, "memory_mib": max(peaks), "disk_mib": folder_mib(output) - before}
     return notebook, cost
@@ -117,10 +119,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="store_true", help="store outputs and headers in the notebooks")
     parser.add_argument("--disturbed-anyway", action="store_true", help="store a run that others have slowed down, too")
-    parser.add_argument("--cell-seconds", type=int, default=900, help="limit of a cell with the bundled model")
+    parser.add_argument("--cell-seconds", type=int, help="limit of a cell, in the place of COURSE_CELL_SECONDS")
     options = parser.parse_args()
     try:
         course = utils.settings()
+        limit = headless.cell_seconds(options.cell_seconds, course.bundled)
     except utils.CourseError as error:
         print(error)
         return 1
@@ -135,8 +138,8 @@ def main() -> int:
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun, watch = time.time(), disturbance.Watch.start()
         try:
-            notebook, cost = run(path, course.output, options.cell_seconds)
-        except (CellExecutionError, DeadKernelError, TimeoutError) as error:
+            notebook, cost = run(path, course.output, limit)
+        except (CellExecutionError, DeadKernelError, utils.CourseError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             print(say("FAILED after {seconds:.0f} s", seconds=time.time() - begun), reason, sep="\n")
             return 1

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import headless
 import nbformat
 import pytest
 from conftest import ROOT
@@ -65,7 +66,8 @@ class Learner:
 def opened(name: str, output: Path, folder: Path = EN, **env: str) -> Iterator[Learner]:
     """A notebook in a fresh kernel whose working folder is `folder`."""
     notebook = nbformat.read(EN / f"{name}.ipynb", as_version=4)
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    place = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=120, resources=place, kernel_manager_class=headless.Manager)
     with client.setup_kernel(env={**os.environ, "COURSE_OUTPUT": str(output), **env}):
         yield Learner(client)
 

@@ -137,7 +137,12 @@ def test_names_that_only_sound_like_secrets_are_let_through():
 FAKE = random_text(21)
 
 
-def ask_cell(cell, tmp_path, environment, answer):
+SETUP = """import dataclasses, os, runs, utils
+runs.cloud_trouble = lambda: '' if os.environ.get('SWANLAB_API_KEY') else 'asks for SWANLAB_API_KEY'
+course = dataclasses.replace(utils.settings(), swanlab_mode='online')"""
+
+
+def ask_cell(cell, tmp_path, environment, answer, setup=SETUP, last="print(len(os.environ['SWANLAB_API_KEY']))"):
     """Run notebook 05's cell in a real kernel; returns everything that the kernel sent, and what it asked for."""
     from jupyter_client.manager import start_new_kernel
 
@@ -146,15 +151,12 @@ def ask_cell(cell, tmp_path, environment, answer):
         cwd=str(ROOT), env={**os.environ, "HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython"), **environment}
     )
     try:
-        setup = "import dataclasses, os, runs, utils\n"
-        setup += "runs.cloud_trouble = lambda: '' if 'SWANLAB_API_KEY' in os.environ else 'asks for SWANLAB_API_KEY'\n"
-        setup += "course = dataclasses.replace(utils.settings(), swanlab_mode='online')"
 
         def reply(message):
             asked.append(message["content"])
             client.input(answer)
 
-        for code in (setup, cell("05_lora_training", "SWANLAB_API_KEY"), "print(len(os.environ['SWANLAB_API_KEY']))"):
+        for code in (setup, cell("05_lora_training", "SWANLAB_API_KEY"), last):
             client.execute_interactive(
                 code, output_hook=lambda m: sent.append(m["content"]), stdin_hook=reply, timeout=60
             )
@@ -166,7 +168,7 @@ def ask_cell(cell, tmp_path, environment, answer):
 
 @pytest.mark.parametrize("way", ["variable", "prompt"])
 def test_a_key_is_never_echoed_or_saved(cell, tmp_path, fault, way):
-    environment = {"SWANLAB_API_KEY": FAKE} if way == "variable" else {"JPY_SESSION_NAME": "05_lora_training.ipynb"}
+    environment = {"SWANLAB_API_KEY": FAKE} if way == "variable" else {}
     sent, asked = ask_cell(cell, tmp_path, environment, FAKE)
     assert "SwanLab mode: online" in sent
     assert f'"text": "{len(FAKE)}' in sent  # the key did arrive
