@@ -391,13 +391,13 @@ EPImplementationInterface.register("tokens_to_experts", TokensToExperts)
 
 
 def ranks() -> int:
-    """How many processes `torchrun` or `accelerate launch` started for this run; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes `torchrun` or `accelerate launch` started for this run on all hosts; 1 without them."""
+    return planner.launched().processes
 
 
 def own_rank() -> int:
     """Which of the `ranks` this process is."""
-    return int(os.environ.get("RANK", "0"))
+    return planner.launched().rank
 
 
 def experts_apart(config: Any) -> int:

@@ -8,10 +8,11 @@ GPUs). So it holds for those cards and is a guess for others, and for more than 
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,52 @@ class Machine:
         return say("{gpus} x {card} of {gib:.0f} GiB", gpus=self.gpus, card=self.card, gib=self.gib_each)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """How this process was started: `processes` on all hosts, its `rank` among them, and the same for its own host."""
+
+    processes: int = 1
+    rank: int = 0
+    on_this_host: int = 1
+    rank_on_this_host: int = 0
+
+
+def launched() -> Launched:
+    """What `torchrun` or `accelerate launch` has left in the environment; one process without them.
+
+    Raises:
+        CourseError: `WORLD_SIZE` without what a launcher sets beside it, as a shell or a job scheduler may leave it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return Launched()
+    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    found = [os.environ.get(name, "") for name in names]
+    if not found[2]:  # `accelerate launch` on one host leaves it out
+        found[2] = found[0]
+    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if not address or not all(map(str.isdecimal, found)):
+        message = (
+            "WORLD_SIZE={value} is set, but no launcher has set the rest (RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). "
+            "Unset WORLD_SIZE, or start with torchrun."
+        )
+        raise CourseError(say(message, value=os.environ["WORLD_SIZE"]))
+    processes, rank, on_this_host, own = map(int, found)
+    return Launched(processes, rank, on_this_host, own)
+
+
 def this_machine(folder: Path) -> Machine:
-    """The GPUs, host memory and disk of this machine; the disk is that of `folder`."""
+    """The GPUs, host memory and disk of this machine; the disk is that of `folder`.
+
+    A process that a launcher started asks its own GPU alone: asking for free memory opens a context on a GPU, which
+    takes about half a GiB there.
+    """
     import psutil
     import torch
 
-    gpus = torch.cuda.device_count()
-    name = torch.cuda.get_device_name(0) if gpus else "CPU"
-    gib = min((torch.cuda.mem_get_info(i)[0] / GIB for i in range(gpus)), default=0.0)
+    gpus, started = torch.cuda.device_count(), launched()
+    asked = [started.rank_on_this_host % max(gpus, 1)] if started.processes > 1 else list(range(gpus))
+    name = torch.cuda.get_device_name(asked[0]) if gpus else "CPU"
+    gib = min((torch.cuda.mem_get_info(i)[0] / GIB for i in asked), default=0.0) if gpus else 0.0
     while not folder.exists():
         folder = folder.parent
     return Machine(
@@ -176,16 +215,59 @@ def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
         yield "lm_head.weight", (config.vocab_size, hidden), "BF16"
 
 
+FULL = 0.97  # of a device's memory that a plan may take
+HELD_OUT_ROWS = (40, 20, 10, 5, 2, 1)  # rows that an evaluation may read at once, the first that fit
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a scale in 8 bits for 64 numbers, its scale in 32 for 256 of those
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How long the samples of a run are: tokens and labels of each training row and of each held-out row.
+
+    Tokens are what a pass reads; labels are those that count in the loss, for which logits are computed.
+    """
+
+    tokens: Sequence[int]
+    labels: Sequence[int]
+    held_out_tokens: Sequence[int] = ()
+    held_out_labels: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, train: Any, held_out: dict[str, Any]) -> Sizes:
+        """The sizes of data sets with the columns `input_ids` and `labels`, as notebook 04 saves them."""
+
+        def count(rows: Any) -> tuple[list[int], list[int]]:
+            return list(map(len, rows["input_ids"])), [sum(i != -100 for i in labels) for labels in rows["labels"]]
+
+        parts = list(map(count, held_out.values()))
+        held = [[size for part in parts for size in part[kind]] for kind in (0, 1)]
+        return cls(*count(train), *held)
+
+
+def heaviest(sizes: Sequence[int], rows: float) -> float:
+    """How much a batch of so many rows drawn at random holds at most: four standard deviations above the mean.
+
+    A batch exceeds that in fewer than one of ten thousand cases. No batch can hold more than the largest rows.
+    """
+    count = max(1, round(rows))
+    mean = sum(sizes) / len(sizes)
+    spread = sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
+    largest = sum(sorted(sizes, reverse=True)[:count]) + max(0, count - len(sizes)) * max(sizes)
+    return min(float(largest), count * mean + 4 * spread * sqrt(count))
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What one arrangement needs. Sizes in GiB; `gpu` holds the terms of the fullest device."""
+    """What one arrangement needs. Sizes in GiB; `gpu` holds the terms of the fullest device.
+
+    `on_this_host` of the `processes` run on this machine. `held_out_rows` is how many rows a pass of the evaluation
+    reads at once on one device.
+    """
 
     machine: Machine
     bits: int
     processes: int
+    on_this_host: int
     samples: int
     passes: int
     checkpointing: bool
@@ -195,6 +277,7 @@ class Plan:
     step_seconds: float
     epochs: int
     steps: int
+    held_out_rows: int
     advice: str = ""
 
     @property
@@ -204,18 +287,20 @@ class Plan:
 
     @property
     def room(self) -> float:
-        """GiB that one device can give."""
-        return self.machine.gib_each if self.machine.gpus else self.machine.host_gib
+        """GiB that one process can take: its GPU, or its part of the host's memory."""
+        return self.machine.gib_each if self.machine.gpus else self.machine.host_gib / self.on_this_host
 
     @property
     def fits(self) -> bool:
         """Whether memory, GPUs and the disk for three checkpoints are there."""
-        enough = not self.machine.gpus or self.processes <= self.machine.gpus
-        return enough and self.peak <= 0.97 * self.room and 3 * self.checkpoint_gib <= self.machine.disk_gib
+        enough = not self.machine.gpus or self.on_this_host <= self.machine.gpus
+        return enough and self.peak <= FULL * self.room and 3 * self.checkpoint_gib <= self.machine.disk_gib
 
     def text(self) -> str:
         """The plan in six lines."""
         where = say("each GPU") if self.machine.gpus else say("this machine")
+        if not self.machine.gpus and self.on_this_host > 1:
+            where = say("each process")
         terms = " + ".join(f"{say(name)} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
         kind = say("4-bit") if self.bits == 4 else "bf16" if self.machine.gpus else "float32"
         minutes = self.steps * self.step_seconds / 60
@@ -265,9 +350,9 @@ class Plan:
         """Raise a CourseError with figures and the nearest arrangement that fits, unless this one does."""
         if self.fits:
             return
-        if self.machine.gpus and self.processes > self.machine.gpus:
+        if self.machine.gpus and self.on_this_host > self.machine.gpus:
             message = "{processes} processes were started for {gpus} GPUs. Start one a GPU."
-            raise CourseError(say(message, processes=self.processes, gpus=self.machine.gpus))
+            raise CourseError(say(message, processes=self.on_this_host, gpus=self.machine.gpus))
         if 3 * self.checkpoint_gib > self.machine.disk_gib:
             message = (
                 "Three checkpoints take {needed:.1f} GiB, {free:.1f} GiB are free. "
@@ -298,11 +383,13 @@ def memory(
     processes: int,
     recipe: str = "ours",
     routed: bool = True,
+    held_out: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
     """GiB on one device.
 
     Args:
         tokens: that one pass reads on one device. labels: for how many of them logits are computed.
+        held_out: the same two numbers for a pass of the evaluation, which keeps nothing for a backward pass.
         gpus: 0 for a processor, which computes in float32. recipe: `ours`, or `textbook` (peft's full-size update).
     """
     count, size = parameters(config), 2 if gpus else 4
@@ -322,14 +409,17 @@ def memory(
         weights, exchanged = weights / processes, 4 * size * tokens * apart * hidden * (apart > 1)
     # A layer's own tensors for each token: what the routed rows, the heads and the hidden states keep while it is
     # computed again and differentiated.
-    at_work = size * tokens * (k * (5 * hidden + 6 * inner) + 5 * heads + 8 * hidden)
+    a_token = size * (k * (5 * hidden + 6 * inner) + 5 * heads + 8 * hidden)
+    at_work = a_token * tokens
     if checkpointing:
         kept = size * tokens * config.num_hidden_layers * hidden
     else:
         kept = size * tokens * config.num_hidden_layers * (k * (3 * hidden + 4 * inner) + 3 * heads + 4 * hidden)
         kept += 2 * size * trained  # the factors in the type of the product
     unpacked = layer if bits == 4 or (recipe == "textbook" and routed) else 0.0
-    logits = labels * config.vocab_size * (size + 8)
+    a_label = config.vocab_size * (size + 8)
+    logits = labels * a_label
+    evaluation = max(a_token * held_out[0] + unpacked, a_label * held_out[1])
     if recipe == "textbook" and gpus > 1:  # `device_map`: each GPU holds its run of layers
         weights, trained, kept = weights / gpus, trained / gpus, kept / gpus
     gradients = 4 * trained
@@ -339,7 +429,7 @@ def memory(
         "gathered layers": gathered / GIB,
         "adapter and optimiser": (12 * trained + gradients + summed) / GIB,
         # Checkpoints are used up while gradients come into being, so the larger of the two counts.
-        "activations": (max(kept - gradients, 0) + max(at_work + exchanged + unpacked, logits)) / GIB,
+        "activations": max(max(kept - gradients, 0) + max(at_work + exchanged + unpacked, logits), evaluation) / GIB,
         "rest": 1.5 if gpus else 0.8,
     }
 
@@ -396,6 +486,8 @@ def plan(
     processes: int = 1,
     recipe: str = "ours",
     advise: bool = True,
+    sizes: Sizes | None = None,
+    on_this_host: int | None = None,
 ) -> Plan:
     """The whole plan of one arrangement; the defaults are the role-play set of `benchmarks/lengths.json`.
 
@@ -403,20 +495,47 @@ def plan(
         recipe: `ours`, or `textbook`: padded batches, all logits, peft's full-size update of the experts.
         processes: how many `torchrun` starts; with 16 bits each keeps a share of all weights, with 4 bits all of them.
         advise: look for the nearest arrangement that fits when this one does not.
+        sizes: of the real rows, in the place of `tokens_a_sample`, `label_share` and `rows`. Time is planned for the
+            mean batch, memory for the heaviest and for the evaluation.
+        on_this_host: how many of the processes run on this machine; all of them if not given.
     """
     machine = machine or this_machine(Path.cwd())
     trained = adapter_parameters(config, rank, groups)
     total = sum(trained.values())
-    tokens = samples * tokens_a_sample / passes / processes
-    labels = tokens * (label_share if recipe == "ours" else 1)
+    rows_a_pass = samples / passes / processes
+    if sizes:
+        rows, tokens_a_sample = len(sizes.tokens), sum(sizes.tokens) / len(sizes.tokens)
+    tokens = rows_a_pass * tokens_a_sample
+    most_tokens, labels = tokens, tokens * label_share
+    if sizes:
+        most_tokens, labels = heaviest(sizes.tokens, rows_a_pass), heaviest(sizes.labels, rows_a_pass)
+        if recipe == "textbook":  # padded to the longest of the batch
+            most_tokens = max(1, round(rows_a_pass)) * max(sizes.tokens)
+    if recipe == "textbook":
+        labels = most_tokens
     routed = "routed experts" in groups
-    gpu = memory(config, total, bits, tokens, labels, checkpointing, machine.gpus, processes, recipe, routed)
+
+    def needed(held_out_rows: int) -> dict[str, float]:
+        held_out = (0.0, 0.0)
+        if sizes and sizes.held_out_tokens:
+            held_out = tuple(heaviest(kind, held_out_rows) for kind in (sizes.held_out_tokens, sizes.held_out_labels))
+            if recipe == "textbook":
+                held_out = (held_out_rows * max(sizes.held_out_tokens),) * 2
+        how = (checkpointing, machine.gpus, processes, recipe, routed, held_out)
+        return memory(config, total, bits, most_tokens, labels, *how)
+
+    here = on_this_host or processes
+    room = machine.gib_each if machine.gpus else machine.host_gib / here
+    held_out_rows = next((n for n in HELD_OUT_ROWS if sum(needed(n).values()) <= FULL * room), HELD_OUT_ROWS[-1])
+    gpu = needed(held_out_rows)
     card = CARDS.get(machine.card, OTHER_GPU if machine.gpus else CPU)
     step = seconds(config, bits, tokens, checkpointing, card, machine.gpus, processes, passes, recipe)
     made = Plan(
         machine=machine,
         bits=bits,
         processes=processes,
+        on_this_host=here,
+        held_out_rows=held_out_rows,
         samples=samples,
         passes=passes,
         checkpointing=checkpointing,
@@ -430,14 +549,14 @@ def plan(
     if made.fits or not advise:
         return made
     asked = {"config": config, "rank": rank, "groups": groups, "samples": samples, "rows": rows, "epochs": epochs}
-    asked |= {"tokens_a_sample": tokens_a_sample, "label_share": label_share, "advise": False}
+    asked |= {"tokens_a_sample": tokens_a_sample, "label_share": label_share, "advise": False, "sizes": sizes}
     return replace(made, advice=nearest(made, asked))
 
 
 def nearest(made: Plan, asked: dict[str, Any]) -> str:
     """What would fit: on this machine if anything does, else how many GPUs of 80 GB."""
     machine = made.machine
-    if made.peak <= 0.97 * made.room and 3 * made.checkpoint_gib > machine.disk_gib:
+    if made.peak <= FULL * made.room and 3 * made.checkpoint_gib > machine.disk_gib:
         message = "The disk is too small: free {gib:.1f} GiB more, or use another."
         return say(message, gib=3 * made.checkpoint_gib - machine.disk_gib)
     if machine.gpus:

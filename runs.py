@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from getpass import getpass
 from pathlib import Path
@@ -79,9 +79,10 @@ def written_to_its_end(checkpoint: Path) -> bool:
     return len(states) > 2 and all(zipfile.is_zipfile(state) for state in states)
 
 
-def newest_checkpoint(folder: Path) -> str | None:
+def newest_checkpoint(folder: Path, delete: bool = True) -> str | None:
     """The newest checkpoint that was written to its end; those that were not are deleted, and said.
 
+    Only one process may ask, and only while none writes: `found_by_first` and `kept_checkpoint` see to that.
     `Trainer` writes a checkpoint under its final name, file by file; its own search for the newest takes a torn one.
 
     Raises:
@@ -93,15 +94,60 @@ def newest_checkpoint(folder: Path) -> str | None:
     for path in map(Path, sort_checkpoints(str(folder))):
         if written_to_its_end(path):
             newest = str(utils.whole(path))
-        else:
+        elif delete:
             print(say("{name} was not written to its end; it is deleted", name=path.name))
             shutil.rmtree(path)
     return newest
 
 
+def found_by_first(search: Callable[[], Any]) -> Any:
+    """What `search` returns in the first process, in all of them; it begins once every process has come here.
+
+    So nothing is looked at, or deleted, while another process still writes.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return search()
+    dist.barrier()
+    found = [search() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def kept_checkpoint(folder: Path, in_order: bool) -> str | None:
+    """The newest whole checkpoint after training has stopped.
+
+    Args:
+        folder: that of the checkpoints.
+        in_order: whether all processes stopped after the same step. Otherwise one of them may still write, so nothing
+            is deleted and nobody is waited for.
+    """
+    import torch.distributed as dist
+
+    if in_order or not dist.is_initialized():
+        return found_by_first(lambda: newest_checkpoint(folder))
+    return newest_checkpoint(folder, delete=False) if dist.get_rank() == 0 else None
+
+
+def _anywhere(asked: bool) -> bool:
+    """Whether it is so in any process."""
+    import torch.distributed as dist
+
+    everywhere: list[Any] = [asked]
+    if dist.is_initialized():
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, asked)
+    return any(everywhere)
+
+
 @contextmanager
-def stoppable(trainer: Any) -> Iterator[None]:
+def stoppable(trainer: Any, together: bool = True) -> Iterator[None]:
     """Let an interrupt (Ctrl-C) end training after the step it is at, with a checkpoint; a second one ends it at once.
+
+    Args:
+        trainer: its checkpoints are looked for.
+        together: whether every process is here, as while training, and not the first alone, as while saving.
 
     Raises:
         CourseError: it was interrupted, or the disk is full; with what is kept and how to go on.
@@ -125,22 +171,23 @@ def stoppable(trainer: Any) -> Iterator[None]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    stop, before, why = Stop(), signal.signal(signal.SIGINT, note), say("Stopped")
+    stop, before, why, in_order = Stop(), signal.signal(signal.SIGINT, note), say("Stopped"), together
     trainer.add_callback(stop)
     try:
         yield
     except KeyboardInterrupt:
+        in_order = False
         asked.append(signal.SIGINT)
     except Exception as error:
         if not FULL_DISK.search(str(error)):
             raise
-        why = say("The disk is full: free some of it. Stopped")
+        why, in_order = say("The disk is full: free some of it. Stopped"), False
         asked.append(0)
     finally:
         signal.signal(signal.SIGINT, before)
         trainer.remove_callback(stop)
-    if asked:
-        state, kept = trainer.state, newest_checkpoint(Path(trainer.args.output_dir))
+    if _anywhere(bool(asked)) if in_order else asked:
+        state, kept = trainer.state, kept_checkpoint(Path(trainer.args.output_dir), in_order)
         mend = say("There is no checkpoint yet: begin anew.")
         if kept:
             message = "{checkpoint} holds the adapter and all that is needed to go on: run this again."

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +63,48 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse.parse_args(arguments)
 
 
-def made_plan(chosen: argparse.Namespace, rows: Any = None) -> planner.Plan:
-    """The planner's answer for this command line and machine; without rows, for the course's usual lengths."""
+def made_plan(chosen: argparse.Namespace, parts: dict[str, Any] | None = None) -> planner.Plan:
+    """The planner's answer for this command line and machine.
+
+    Args:
+        chosen: the command line. parts: the data sets, of which `train` is trained on and the others are held out;
+            without them it plans for the course's usual lengths.
+    """
     course = utils.settings()
     on_disk = Path(course.model).is_dir() or course.model != "ZhipuAI/GLM-4.5-Air"
     config = AutoConfig.from_pretrained(utils.model_folder(course)) if on_disk else planner.AIR
-    lengths = [len(ids) for ids in rows["input_ids"]] if rows is not None else None
-    count = len(lengths) if lengths else 3729
-    small = config.hidden_size < 1024
-    return planner.plan(
+    sizes = None
+    if parts:
+        held_out = {name: part for name, part in parts.items() if name != "train"}
+        sizes = planner.Sizes.of(parts["train"], held_out)
+    count = len(sizes.tokens) if sizes else 3729
+    small, started = config.hidden_size < 1024, planner.launched()
+    plan = planner.plan(
         config,
         rank=chosen.rank,
         groups=("attention",) if chosen.attention_only else tuple(full_size.GROUPS),
         bits=chosen.bits,
         samples=chosen.samples,
         passes=chosen.passes,
-        tokens_a_sample=sum(lengths) / count if lengths else 60.6,
+        sizes=sizes,
         rows=count,
         epochs=chosen.epochs or max(3, -(-60 // -(-count // chosen.samples))),
         checkpointing=not small if chosen.checkpointing is None else chosen.checkpointing,
         machine=planner.this_machine(course.output),
-        processes=full_size.ranks(),
+        processes=started.processes,
+        on_this_host=started.on_this_host,
     )
+    return replace(plan, steps=chosen.max_steps) if chosen.max_steps > 0 else plan
+
+
+def tokenised(course: utils.Settings) -> dict[str, Any]:
+    """The data sets of notebook 04 by name.
+
+    Raises:
+        CourseError: they are missing, or made from other rows or for another model.
+    """
+    folder = utils.require(course.output / "tokens", "04_chat_template", course)
+    return {path.name: load_from_disk(str(path)) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
 class ShardedTrainer(Trainer):
@@ -144,7 +165,6 @@ def train(chosen: argparse.Namespace) -> Trainer:
             cannot be shared out evenly.
     """
     course, rank = utils.settings(), full_size.own_rank()
-    tokens_folder = utils.require(course.output / "tokens", "04_chat_template", course)
     folder, run_folder = utils.model_folder(course), course.output / "lora"
     share = full_size.ranks() * chosen.passes
     if chosen.samples % share:
@@ -154,9 +174,9 @@ def train(chosen: argparse.Namespace) -> Trainer:
         )
         how = {"processes": full_size.ranks(), "passes": chosen.passes, "share": share}
         raise utils.CourseError(say(message, samples=chosen.samples, **how))
-    parts = {path.name: load_from_disk(str(path)) for path in sorted(tokens_folder.iterdir()) if path.is_dir()}
-    rows, prompt = parts.pop("train"), (tokens_folder / "prompt.json").read_text(encoding="utf-8")
-    plan = made_plan(chosen, rows)
+    parts = tokenised(course)
+    plan = made_plan(chosen, parts)
+    rows, prompt = parts.pop("train"), (course.output / "tokens" / "prompt.json").read_text(encoding="utf-8")
     if rank == 0:
         print(plan.text(), flush=True)
     plan.require_fit()
@@ -178,7 +198,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
         output_dir=str(run_folder / "checkpoints"),
         per_device_train_batch_size=chosen.samples // share,
         gradient_accumulation_steps=chosen.passes,
-        per_device_eval_batch_size=40,
+        per_device_eval_batch_size=plan.held_out_rows,
         num_train_epochs=epochs,
         max_steps=chosen.max_steps,
         learning_rate=chosen.learning_rate or (4e-3 if small else 1e-4),
@@ -206,13 +226,11 @@ def train(chosen: argparse.Namespace) -> Trainer:
     )
     made_with = {"rows": len(rows), "rank": chosen.rank, "learning_rate": arguments.learning_rate, "epochs": epochs}
     made_with |= {"seed": chosen.seed, "groups": list(groups), "bits": chosen.bits, "samples": chosen.samples}
+    # What else decides the schedule and which rows a step reads: a run goes on only with the same.
+    made_with |= {"max_steps": chosen.max_steps, "passes": chosen.passes, "processes": full_size.ranks()}
     if rank == 0:
         runs.claim(run_folder)
-    checkpoint = start_or_resume(run_folder, course, made_with) if rank == 0 else None
-    if torch.distributed.is_initialized():
-        box = [checkpoint]
-        torch.distributed.broadcast_object_list(box, src=0)
-        checkpoint = box[0]
+    checkpoint = runs.found_by_first(lambda: start_or_resume(run_folder, course, made_with))
     trainer = ShardedTrainer(
         model=model,
         args=arguments,
@@ -229,7 +247,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
     seconds = time.time() - started
     trainer.evaluate()
     if rank == 0:
-        with runs.stoppable(trainer):
+        with runs.stoppable(trainer, together=False):
             model.save_pretrained(run_folder / "adapter", state_dict=full_size.adapter_state(model))
             utils.name_base(run_folder / "adapter", course)
             tokenizer.save_pretrained(run_folder / "adapter")
@@ -264,7 +282,12 @@ def main() -> int:
     chosen = options()
     try:
         if chosen.plan:
-            print(made_plan(chosen).text())
+            course = utils.settings()
+            there = (course.output / "tokens" / "made_from.json").is_file()
+            parts = tokenised(course) if there else None
+            if not there:
+                print(say("No tokens of notebook 04 yet: planned for 3,729 rows of 61 tokens, a third of them labels."))
+            print(made_plan(chosen, parts).text())
         elif chosen.merge:
             course = utils.settings()
             adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"

@@ -338,6 +338,18 @@ def restart(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+def not_written(folder: Path, error: OSError) -> CourseError:
+    """The message for a folder that cannot be written: what the system said, and what helps."""
+    cures = {
+        errno.ENOSPC: say("Free some disk, or set COURSE_OUTPUT to a folder on a larger one."),
+        errno.EDQUOT: say("Free some disk, or set COURSE_OUTPUT to a folder on a larger one."),
+        errno.ENAMETOOLONG: say("Set COURSE_OUTPUT to a folder with a shorter path."),
+    }
+    cure = cures.get(error.errno, say("Set COURSE_OUTPUT to a folder that you may write."))
+    message = "{folder} cannot be written ({reason}). {cure}"
+    return CourseError(say(message, folder=shown(folder), reason=error.strerror or error, cure=cure))
+
+
 @contextmanager
 def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
     """A new folder to write into; only when the block ends well is it stamped and takes the place of `folder`.
@@ -345,20 +357,27 @@ def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
     A cell that fails or is killed half-way, or another notebook that writes the same, so leaves nothing half done.
 
     Raises:
-        CourseError: another notebook put its folder there at the same moment.
+        CourseError: another notebook put its folder there at the same moment, or the folder cannot be written.
     """
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         yield new
         stamp(new, course, **made_with)
         try:
             restart(folder)
             new.replace(folder)
-        except OSError:
-            message = "Another notebook writes {folder} just now. Run this cell again."
-            raise CourseError(say(message, folder=shown(folder))) from None
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
+                message = "Another notebook writes {folder} just now. Run this cell again."
+                raise CourseError(say(message, folder=shown(folder))) from None
+            raise
+    except OSError as error:
+        about = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or str(folder.parent) in str(error.filename)
+        if not about:  # the block's own trouble, with another file
+            raise
+        raise not_written(folder, error) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -374,7 +374,15 @@ def test_a_last_word_counts():
 def test_a_broken_file_is_told_from_an_empty_one(tmp_path):
     path = saved(tmp_path, "01_environment", [text("✓ right\n")])
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"[]", b"{}", b"\xff\xfe", b'{"cells": [null]}'):
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"cells": [null]}',
+        b'{"cells": ' + b"[" * 100_000,
+    ):
         path.write_bytes(damaged)
         assert results.result(path).trouble == "broken", damaged
     path.write_bytes(whole)

@@ -6,6 +6,7 @@ Real kernels. Each case ends in the right files or in one clear message, never i
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import signal
@@ -399,6 +400,33 @@ def test_two_that_put_their_folder_there_at_the_same_moment(output, monkeypatch)
         utils.remake(output / "rows", utils.settings()),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "Free some disk, or set COURSE_OUTPUT"),
+        (errno.EROFS, "Set COURSE_OUTPUT to a folder that you may write"),
+        (errno.EACCES, "Set COURSE_OUTPUT to a folder that you may write"),
+        (errno.ENAMETOOLONG, "Set COURSE_OUTPUT to a folder with a shorter path"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_reported_by_its_kind(output, monkeypatch, number, cure):
+    monkeypatch.setenv("COURSE_OUTPUT", str(output))
+
+    def refused(folder: Path) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr(utils, "restart", refused)
+    message = rf"cannot be written \({os.strerror(number)}\)\. {cure}"
+    with pytest.raises(utils.CourseError, match=message), utils.remake(output / "rows", utils.settings()):
+        pass
+
+
+def test_trouble_with_another_file_stays_what_it_is(output, monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_OUTPUT", str(output))
+    with pytest.raises(FileNotFoundError), utils.remake(output / "rows", utils.settings()):
+        (tmp_path / "not there").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- and kills

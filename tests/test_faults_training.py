@@ -690,3 +690,40 @@ def test_a_log_folder_that_cannot_be_written(prepared, tmp_path, fault):
         "output/swanlab is a tmpfs mounted read-only",
         "said; training goes on, and the record is kept in a temporary folder that is named",
     )
+
+
+# -------------------------------------------------------------------------------------- several processes, one folder
+
+TORN = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+import runs
+
+folder, order = Path(sys.argv[1]), sys.argv[2] == "in order"
+dist.init_process_group("gloo")
+if dist.get_rank() == 0 and order:
+    time.sleep(2)  # the first process still writes
+    (folder / "checkpoint-1" / "written").touch()
+seen = []
+runs.written_to_its_end = lambda path: seen.append(path) or (path / "written").exists()
+runs.utils.whole = lambda path: path
+print(dist.get_rank(), runs.kept_checkpoint(folder, order), len(seen), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("how", ["in order", "at once"])
+def test_only_the_first_process_looks_for_checkpoints_and_none_is_deleted_while_it_writes(tmp_path, how):
+    (tmp_path / "checkpoint-1").mkdir()
+    script = tmp_path / "torn.py"
+    script.write_text(TORN, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path), how], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answers = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line[:1] in "01"}
+    found = str(tmp_path / "checkpoint-1") if how == "in order" else "None"
+    assert answers["0"] == [found, "1"]
+    assert answers["1"] == [found if how == "in order" else "None", "0"]
+    assert (tmp_path / "checkpoint-1").is_dir()

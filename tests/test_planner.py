@@ -1,11 +1,13 @@
 """The planner against the checkpoint's names, notebook 05, and every run that was measured."""
 
 import json
+import random
 import sys
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import ROOT
 from transformers import AutoConfig
 
@@ -319,3 +321,78 @@ def test_a_plan_in_words():
         "with activation checkpointing"
     )
     assert rest == TEXT
+
+
+# ------------------------------------------------------------------------- several hosts, real rows, the environment
+
+
+def test_processes_of_other_hosts_take_no_gpu_here():
+    machine = Machine(8, 79, "H100", 500, 500)
+    two_hosts = plan(bits=16, samples=256, processes=16, on_this_host=8, machine=machine)
+    assert two_hosts.fits and two_hosts.peak < plan(bits=16, samples=256, processes=8, machine=machine).peak
+    crowded = plan(bits=16, samples=256, processes=16, on_this_host=16, machine=machine)
+    with pytest.raises(utils.CourseError, match="16 processes were started for 8 GPUs"):
+        crowded.require_fit()
+
+
+def test_processes_on_a_processor_share_its_memory():
+    one = plan(BUNDLED, checkpointing=False, machine=replace(LAPTOP, host_gib=2))
+    eight = plan(BUNDLED, checkpointing=False, machine=replace(LAPTOP, host_gib=2), processes=8)
+    assert one.fits and not eight.fits
+    assert eight.room == pytest.approx(2 / 8)
+
+
+def test_rows_that_are_mostly_answers_need_more_and_the_evaluation_is_planned():
+    usual = planner.Sizes([61] * 3000, [20] * 3000, [61] * 80, [20] * 80)
+    answers = planner.Sizes([1000] * 3000, [980] * 3000, [1000] * 80, [980] * 80)
+    little, much = (plan(bits=4, samples=16, machine=H100, sizes=sizes) for sizes in (usual, answers))
+    assert little.held_out_rows == 40
+    assert much.peak > little.peak + 5
+    assert much.held_out_rows < 40 or not much.fits
+    held_out = planner.memory(planner.AIR, 0, 4, 100, 30, True, 1, 1, held_out=(40_000, 39_200))
+    without = planner.memory(planner.AIR, 0, 4, 100, 30, True, 1, 1)
+    logits = 39_200 * planner.AIR.vocab_size * 4 / GIB  # at least these, in float32
+    assert held_out["activations"] - without["activations"] > logits - 10
+
+
+def test_an_evaluation_that_would_not_fit_reads_fewer_rows_at_once():
+    rows = planner.Sizes([60] * 300, [20] * 300, [1000] * 80, [980] * 80)
+    made = plan(bits=4, samples=16, machine=H100, sizes=rows)
+    assert made.fits and made.held_out_rows < 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_heaviest_batch_is_rarely_exceeded_and_never_more_than_possible(seed):
+    draw = random.Random(seed)
+    sizes = [round(draw.lognormvariate(4, 0.6)) for _ in range(1000)]
+    most = planner.heaviest(sizes, 16)
+    assert sum(sum(draw.sample(sizes, 16)) > most for _ in range(2000)) < 10
+    assert most <= sum(sorted(sizes)[-16:])
+    assert planner.heaviest([50, 50], 16) == 800
+
+
+def test_a_variable_left_behind_is_named(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(utils.CourseError, match=r"WORLD_SIZE=2 is set.*Unset WORLD_SIZE"):
+        planner.launched()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert planner.launched() == planner.Launched()
+
+
+def test_what_torchrun_sets_is_read(monkeypatch):
+    set_by = {"WORLD_SIZE": 16, "RANK": 11, "LOCAL_WORLD_SIZE": 8, "LOCAL_RANK": 3}
+    for name, value in {**set_by, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert planner.launched() == planner.Launched(16, 11, 8, 3)
+
+
+def test_a_launched_process_asks_only_its_own_gpu(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: asked.append(i) or (79 * GIB, 80 * GIB))
+    monkeypatch.setattr(planner, "launched", lambda: planner.Launched(16, 11, 8, 3))
+    assert planner.this_machine(tmp_path).gpus == 8
+    assert asked == [3]

@@ -257,6 +257,32 @@ def test_without_tokens_it_says_which_notebook_to_run(command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("other", ["--max-steps 4", "--epochs 4", "--passes 2", "--learning-rate 1e-3", "--seed 7"])
+def test_what_decides_the_schedule_decides_whether_a_run_goes_on(command, prepared, monkeypatch, other):
+    """A run that was interrupted under other settings would go on with another learning rate or other rows."""
+    output, asked = prepared("schedule " + other.split()[0]), []
+
+    def remember(run_folder, course, made_with):
+        asked.append(made_with)
+        raise utils.CourseError("far enough")
+
+    monkeypatch.setattr(train, "start_or_resume", remember)
+    for arguments in ("--max-steps 6".split(), "--max-steps 6".split(), other.split()):
+        assert command(*arguments, output=output)[0] == 1
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_a_variable_left_by_a_launcher_ends_in_one_message(command, prepared, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, complaint = command(output=prepared("left"))
+    assert status == 1 and "Unset WORLD_SIZE" in complaint and complaint.count("\n") == 1
+
+
+def test_the_plan_is_of_the_real_rows(command, prepared):
+    _, printed, _ = command("--plan", "--samples", "16", output=prepared("planned"))
+    assert "time: 60 steps" in printed  # 44 rows: three steps an epoch, and at least 60
+
+
 def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):
     output = prepared("uneven")
     status, _, complaint = command("--samples", "10", "--passes", "4", output=output)
