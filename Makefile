@@ -92,7 +92,7 @@ store: setup
 
 # After a pin has changed: the lock files anew. It needs a package index.
 lock: setup $(VENV)/linters
-	@UV=$(CURDIR)/$(BIN)/uv deploy/lock.sh
+	@UV="$(CURDIR)/$(BIN)/uv" deploy/lock.sh
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
 model:
