@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5092
 LEARNERS ?= 8
+WORKERS ?= 2
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CHROMIUM ?= chromium
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
@@ -47,8 +48,11 @@ dashboard: setup
 	@folder="$$($(BIN)/python -c 'import utils; print(utils.settings().output)')" \
 		&& $(BIN)/python -m swanlab watch "$$folder/swanlab" -p $(PORT)
 
+# Test files side by side; each works with one thread, so that they do not take the cores from each other.
+TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 test: lint
-	@$(BIN)/python -m pytest -q tests --ignore-glob='*/test_faults_*' --ignore=tests/browser
+	@$(TOGETHER) tests --ignore-glob='*/test_faults_*' --ignore=tests/browser
 	@$(BIN)/python tests/run_nbval.py notebooks/$(COURSE_LANGUAGE)
 	@$(BIN)/python -m pytest -q tests/exercises.py
 
@@ -58,7 +62,7 @@ test-both: test
 
 # Killed, cut off, filled up, run out of order: what happens then. The table of faults is tests/faults.md.
 test-faults: setup
-	@$(BIN)/python -m pytest -q tests/test_faults_*.py
+	@$(TOGETHER) tests/test_faults_*.py
 
 # What a learner sees: each notebook run, clicked and read in JupyterLab, by a real browser.
 test-browser: setup

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,9 +115,23 @@ def pytest_runtest_makereport(item: pytest.Item):
         item.config.stash[RECORDER].ran[item.path.name] = False
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist has ended: what it recorded counts, and a file is whole if it is so in every worker."""
+    recorder, found = node.config.stash[RECORDER], getattr(node, "workeroutput", {}).get("faults")
+    if not found:  # it crashed
+        recorder.ran = dict.fromkeys(recorder.ran, False)
+        return
+    recorder.rows |= set(map(tuple, found["rows"]))
+    recorder.ran = {name: recorder.ran.get(name, True) and whole for name, whole in found["ran"].items()}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     recorder = session.config.stash[RECORDER]
+    if hasattr(session.config, "workeroutput"):  # a worker hands over what it knows
+        session.config.workeroutput["faults"] = {"rows": sorted(map(list, recorder.rows)), "ran": recorder.ran}
+        return
     stored = read(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else set()
     if session.config.getoption("--write-faults"):
         TABLE.write_text(render(merged(stored, recorder)), encoding="utf-8")

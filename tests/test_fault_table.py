@@ -56,6 +56,18 @@ def test_a_row_is_new_true_or_stale(session):
     assert session.table.read_text() == written
 
 
+def test_workers_side_by_side_find_the_same(session):
+    side_by_side = ("-p", "xdist.plugin", "-n", "2", "--dist", "loadfile")
+    code, said = session(TWO, *side_by_side)
+    assert code == 1 and "not in the table: download | two | by hand | refused" in said
+    assert session(TWO, *side_by_side, "--write-faults")[0] == 0
+    assert session.table.read_text().count("test_some.py") == 2
+    assert session(TWO, *side_by_side)[0] == 0
+    code, said = session(TWO.replace("refused", "lost"), *side_by_side)
+    assert code == 1
+    assert "no longer true: download | two | by hand | refused" in said
+
+
 def test_only_a_whole_run_can_take_a_row_away(session):
     session(TWO, "--write-faults")
     alone = TWO[: TWO.index("def test_two")]
