@@ -174,7 +174,7 @@ def test_notebook_02_does_not_fetch_what_is_in_the_cache(folder, monkeypatch, tm
     place = tmp_path / "cache" / "models" / "owner--name" / "snapshots" / "master"
     place.parent.mkdir(parents=True)
     folder.rename(place)
-    monkeypatch.setattr(utils, "reachable", lambda *_: pytest.fail("the hub is asked"))
+    monkeypatch.setattr(utils, "hub_answers", lambda *_: pytest.fail("the hub is asked"))
     names = {"course": utils.settings(), "utils": utils, "Path": Path, "re": re}
     exec(cell("02_download", "is_id = not Path("), names)
     names["hub"].__exit__()

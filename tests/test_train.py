@@ -122,7 +122,7 @@ sys.exit(train.main())
 def both_ways(prepared, data):
     """Notebook 05 and train.py, three epochs each, every step logged."""
     notebook, script = prepared("notebook"), prepared("script")
-    epochs = ("max(3, -(-60 // steps_an_epoch))", str(EPOCHS))
+    epochs = ("max(3, -(-60 // -(-len(train) // 16)))", str(EPOCHS))
     cells = lesson("05_lora_training", [epochs, ("logging_steps=10", "logging_steps=1")])
     folder = {"metadata": {"path": str(ROOT / "notebooks" / "en")}}
     NotebookClient(cells, timeout=300, resources=folder).execute(env=environment(notebook, data))

@@ -23,7 +23,7 @@ CELLS = [f"05-{cell}" for cell in "01 08 18 20 25 40 43 44 47 47b 48 50 50b 52 5
 #: A short run: 18 steps on the 40 rows of the test, checkpoints and losses close together.
 SHORT = [
     ("per_device_train_batch_size=16 if small", "per_device_train_batch_size=4 if small"),
-    ("max(3, -(-60 // steps_an_epoch))", "2"),
+    ("max(3, -(-60 // -(-len(train) // 16)))", "2"),
     ("logging_steps=10", "logging_steps=3"),
     ("eval_steps=50", "eval_steps=9"),
     ("save_steps=50", "save_steps=3"),

@@ -222,7 +222,7 @@ def one_run(folder: Path) -> int:
 
     for name in SMOKE_NOTEBOOKS:
         try:
-            run(ROOT / "notebooks" / "en" / f"{name}.ipynb", folder, cell_seconds=600)
+            run(ROOT / "notebooks" / "en" / f"{name}.ipynb", folder, limit=600)
         except CellExecutionError as error:
             print(f"{name}: {error.ename}: {' '.join(error.evalue.split())[:200]}")
             return 1
