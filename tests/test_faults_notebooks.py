@@ -167,7 +167,7 @@ def test_a_restarted_kernel_says_at_any_cell_what_to_run(right, output, name, fa
 
 def test_a_kernel_restarted_in_the_middle_goes_on_after_run_all_above(right, output, fault):
     with opened("04_chat_template", output, **STARTUP) as learner:
-        middle = learner.holding("parts = {}")
+        middle = learner.holding("parts, cut = {}, []")
         error, shown = learner.run(middle)
         assert (error, FOUND_TOO_EARLY in shown) == ("NameError", True)
         for number in learner.code:
@@ -298,7 +298,7 @@ def test_two_at_once_with_an_output_each_do_not_meet(right, tmp_path, fault):
     )
 
 
-@pytest.mark.parametrize("moment", ["@interact", "parts = {}"])
+@pytest.mark.parametrize("moment", ["@interact", "parts, cut = {}, []"])
 def test_rows_of_another_run_that_come_in_the_middle_are_refused(right, output, moment, fault):
     """One learner is in the middle of 04 when another, with the same output folder and other data, runs 03."""
     with opened("04_chat_template", output) as first:
