@@ -52,23 +52,28 @@ def said(cell: dict[str, Any]) -> str:
 
 def result(path: Path) -> Result:
     """The exercises of one saved notebook; a file that is no whole notebook is a trouble of its own."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
-        return Result(trouble="no notebook")
     try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
+            return Result(trouble="no notebook")
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         signs = [said(cell) for cell in cells if "check" in cell["metadata"].get("tags", [])]
     except OSError as error:
-        return Result(trouble=str(error.strerror).lower())
+        return Result(trouble=str(error.strerror or error).lower())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # the last: thousands of brackets, nested
         return Result(trouble="broken")
     return Result(*map(signs.count, SIGNS))
+
+
+def printable(name: str) -> str:
+    """A name of a file in letters that can be shown: a file system may hold bytes that are none."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def learner(folder: Path) -> dict[str, Result]:
     """Notebook to result. Of several copies (another language, a new version beside it) the best one counts."""
     found: dict[str, Result] = {}
     for path in sorted(folder.glob("notebooks/*/0*.ipynb")):
-        name, one = path.name.partition(".")[0], result(path)
+        name, one = printable(path.name.partition(".")[0]), result(path)
         if name not in found or (not one.trouble, one.right) > (not found[name].trouble, found[name].right):
             found[name] = one
     return found
@@ -81,7 +86,7 @@ def names(folders: Sequence[Path]) -> list[str]:
         while len(parts) > 1 and all(len(one) > 1 for one in parts) and len({one[end] for one in parts}) == 1:
             for one in parts:
                 del one[end]
-    return ["/".join(one) if len(parts) > 1 else one[-1] for one in parts]
+    return [printable("/".join(one) if len(parts) > 1 else one[-1]) for one in parts]
 
 
 def lines(folders: Sequence[Path]) -> Iterator[tuple[str, dict[str, Result]]]:

@@ -385,6 +385,12 @@ def test_a_broken_file_is_told_from_an_empty_one(tmp_path):
     ):
         path.write_bytes(damaged)
         assert results.result(path).trouble == "broken", damaged
+    other = path.with_name(os.fsdecode(b"02_\xff.ipynb"))
+    other.write_bytes(b"[" * 100_000)
+    found = results.learner(tmp_path)
+    assert found["01_environment"].trouble == found["02_?"].trouble == "broken"
+    "".join(found).encode("utf-8")  # so the table can be printed
+    other.unlink()
     path.write_bytes(whole)
     (link := path.with_name("02_download.ipynb")).symlink_to(path)
     assert results.result(link).trouble == "no notebook", "a learner's link may lead anywhere"
