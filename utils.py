@@ -361,8 +361,10 @@ def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
     """
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
+    began = False
     try:
         new.mkdir(parents=True)
+        began = True
         yield new
         stamp(new, course, **made_with)
         try:
@@ -374,7 +376,8 @@ def remake(folder: Path, course: Settings, **made_with: Any) -> Iterator[Path]:
                 raise CourseError(say(message, folder=shown(folder))) from None
             raise
     except OSError as error:
-        about = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or str(folder.parent) in str(error.filename)
+        about = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        about = about or not began or str(error.filename).startswith((str(new), str(folder)))  # or an older one's name
         if not about:  # the block's own trouble, with another file
             raise
         raise not_written(folder, error) from None

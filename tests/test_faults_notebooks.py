@@ -427,6 +427,8 @@ def test_trouble_with_another_file_stays_what_it_is(output, monkeypatch, tmp_pat
     monkeypatch.setenv("COURSE_OUTPUT", str(output))
     with pytest.raises(FileNotFoundError), utils.remake(output / "rows", utils.settings()):
         (tmp_path / "not there").read_text()
+    with pytest.raises(FileNotFoundError), utils.remake(output / "tokens", utils.settings()):
+        (output / "of another notebook").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- and kills
