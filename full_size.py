@@ -392,12 +392,12 @@ EPImplementationInterface.register("tokens_to_experts", TokensToExperts)
 
 def ranks() -> int:
     """How many processes `torchrun` or `accelerate launch` started for this run on all hosts; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE") or "1")
+    return planner.launched().processes
 
 
 def own_rank() -> int:
     """Which of the `ranks` this process is."""
-    return int(os.environ.get("RANK", "0"))
+    return planner.launched().rank
 
 
 def experts_apart(config: Any) -> int:

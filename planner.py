@@ -12,10 +12,11 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import gcd, sqrt
+from math import gcd
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import Glm4MoeConfig
 
 from language import say
@@ -85,23 +86,23 @@ def launched() -> Launched:
     """What `torchrun` or `accelerate launch` has left in the environment; one process without them.
 
     Raises:
-        CourseError: `WORLD_SIZE` without what a launcher sets beside it, as a shell or a job scheduler may leave it.
+        CourseError: some of a launcher's variables without the others, as a shell or a job scheduler may leave them.
     """
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+    numbers, address = ("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name, "") for name in (*numbers, *address)}
+    if found["WORLD_SIZE"] in ("", "1") and found["LOCAL_RANK"] in ("", "-1"):  # torch needs one of the two to start
         return Launched()
-    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
-    found = [os.environ.get(name, "") for name in names]
-    if not found[2]:  # `accelerate launch` on one host leaves it out
-        found[2] = found[0]
-    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-    if not address or not all(map(str.isdecimal, found)):
+    missing = [name for name in numbers if not found[name].isdecimal()] + [n for n in address if not found[n]]
+    if missing:
+        left = [name for name in numbers if found[name]]
         message = (
-            "WORLD_SIZE={value} is set, but no launcher has set the rest (RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). "
-            "Unset WORLD_SIZE, or start with torchrun."
+            "{name}={value} is set, but no launcher has set {missing} with it. Unset {left}, or start with torchrun."
         )
-        raise CourseError(say(message, value=os.environ["WORLD_SIZE"]))
-    processes, rank, on_this_host, own = map(int, found)
-    return Launched(processes, rank, on_this_host, own)
+        words = {"missing": ", ".join(missing), "left": ", ".join(left)}
+        raise CourseError(say(message, name=left[0], value=found[left[0]], **words))
+    processes, rank, own = (int(found[name]) for name in numbers)
+    # `accelerate launch` on one host leaves out how many there are on it.
+    return Launched(processes, rank, int(os.environ.get("LOCAL_WORLD_SIZE") or processes), own)
 
 
 def this_machine(folder: Path) -> Machine:
@@ -245,15 +246,22 @@ class Sizes:
 
 
 def heaviest(sizes: Sequence[int], rows: float) -> float:
-    """How much a batch of so many rows drawn at random holds at most: four standard deviations above the mean.
+    """How much a batch of so many rows drawn at random holds at most; one batch in a million may exceed it.
 
-    A batch exceeds that in fewer than one of ten thousand cases. No batch can hold more than the largest rows.
+    This is Chernoff's bound, which holds for rows of any lengths: a few very long ones among many short ones too.
     """
-    count = max(1, round(rows))
-    mean = sum(sizes) / len(sizes)
-    spread = sqrt(sum((size - mean) ** 2 for size in sizes) / len(sizes))
-    largest = sum(sorted(sizes, reverse=True)[:count]) + max(0, count - len(sizes)) * max(sizes)
-    return min(float(largest), count * mean + 4 * spread * sqrt(count))
+    count, longest = max(1, round(rows)), max(sizes)
+    below = np.asarray(sizes) / longest - 1  # how far each row is from the longest, as a share of it
+    bounds = [
+        count + (count * np.log(np.exp(slope * below).mean()) + np.log(1e6)) / slope
+        for slope in np.geomspace(0.01, 1e4)
+    ]
+    return min(largest(sizes, count), longest * float(min(bounds)))
+
+
+def largest(sizes: Sequence[int], count: int) -> float:
+    """How much the largest rows hold together; with too few rows the longest is counted again."""
+    return float(sum(sorted(sizes, reverse=True)[:count]) + max(0, count - len(sizes)) * max(sizes))
 
 
 @dataclass(frozen=True)
@@ -355,7 +363,7 @@ class Plan:
             raise CourseError(say(message, processes=self.on_this_host, gpus=self.machine.gpus))
         if 3 * self.checkpoint_gib > self.machine.disk_gib:
             message = (
-                "Three checkpoints take {needed:.1f} GiB, {free:.1f} GiB are free. "
+                "Three checkpoints take {needed:.2f} GiB, {free:.2f} GiB are free. "
                 "Free some, or set COURSE_OUTPUT to another disk."
             )
             raise CourseError(say(message, needed=3 * self.checkpoint_gib, free=self.machine.disk_gib))
@@ -518,7 +526,8 @@ def plan(
     def needed(held_out_rows: int) -> dict[str, float]:
         held_out = (0.0, 0.0)
         if sizes and sizes.held_out_tokens:
-            held_out = tuple(heaviest(kind, held_out_rows) for kind in (sizes.held_out_tokens, sizes.held_out_labels))
+            # Held-out rows are read in the order of their file, in which the longest may be neighbours.
+            held_out = tuple(largest(kind, held_out_rows) for kind in (sizes.held_out_tokens, sizes.held_out_labels))
             if recipe == "textbook":
                 held_out = (held_out_rows * max(sizes.held_out_tokens),) * 2
         how = (checkpointing, machine.gpus, processes, recipe, routed, held_out)
@@ -557,16 +566,20 @@ def nearest(made: Plan, asked: dict[str, Any]) -> str:
     """What would fit: on this machine if anything does, else how many GPUs of 80 GB."""
     machine = made.machine
     if made.peak <= FULL * made.room and 3 * made.checkpoint_gib > machine.disk_gib:
-        message = "The disk is too small: free {gib:.1f} GiB more, or use another."
+        message = "The disk is too small: free {gib:.2f} GiB more, or use another."
         return say(message, gib=3 * made.checkpoint_gib - machine.disk_gib)
     if machine.gpus:
-        for bits, processes in ((made.bits, made.processes), (16, machine.gpus), (4, 1)):
+        as_started = (made.bits, made.processes, made.on_this_host)
+        for bits, processes, here in (as_started, (16, machine.gpus, machine.gpus), (4, 1, 1)):
             for passes in (1, 2, 4, 8, 16):
                 if asked["samples"] % (passes * processes):
                     continue
-                found = plan(**asked, bits=bits, passes=passes, machine=machine, processes=processes)
+                how = {"bits": bits, "passes": passes, "processes": processes, "on_this_host": here}
+                found = plan(**asked, **how, machine=machine)
                 if found.fits:
-                    start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
+                    start = f"torchrun --nproc-per-node {here}" if processes > 1 else "python"
+                    if processes > here:
+                        start = f"torchrun --nnodes {processes // here} --nproc-per-node {here}"
                     command = f"{start} train.py --bits {bits} --samples {asked['samples']} --passes {passes}"
                     command += " --attention-only" if asked["groups"] == ("attention",) else ""
                     command += f" --rank {asked['rank']}" if asked["rank"] != 8 else ""

@@ -130,15 +130,15 @@ def kept_checkpoint(folder: Path, in_order: bool) -> str | None:
     return newest_checkpoint(folder, delete=False) if dist.get_rank() == 0 else None
 
 
-def _anywhere(asked: bool) -> bool:
-    """Whether it is so in any process."""
+def in_every_process(value: Any) -> list[Any]:
+    """What each process has there; all of them must ask."""
     import torch.distributed as dist
 
-    everywhere: list[Any] = [asked]
+    everywhere = [value]
     if dist.is_initialized():
         everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, asked)
-    return any(everywhere)
+        dist.all_gather_object(everywhere, value)
+    return everywhere
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def stoppable(trainer: Any, together: bool = True) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         trainer.remove_callback(stop)
-    if _anywhere(bool(asked)) if in_order else asked:
+    if any(in_every_process(bool(asked))) if in_order else asked:
         state, kept = trainer.state, kept_checkpoint(Path(trainer.args.output_dir), in_order)
         mend = say("There is no checkpoint yet: begin anew.")
         if kept:

@@ -189,7 +189,8 @@ def train(chosen: argparse.Namespace) -> Trainer:
     model = full_size.load_model(folder, bits=chosen.bits)
     small = model.config.hidden_size < 1024
     set_seed(chosen.seed)
-    model = full_size.attach(model, full_size.lora_config(chosen.rank, groups))
+    lora = full_size.lora_config(chosen.rank, groups)
+    model = full_size.attach(model, lora)
     if rank == 0:
         counts = {group: f"{n:,}" for group, n in full_size.attached(model).items() if n}
         print(say("trainable parameters: {counts}", counts=counts))
@@ -224,10 +225,14 @@ def train(chosen: argparse.Namespace) -> Trainer:
         seed=chosen.seed,
         report_to="none",
     )
+    # Each process has planned for its own free memory; the batches of an evaluation must be the same in all.
+    arguments.per_device_eval_batch_size = min(runs.in_every_process(plan.held_out_rows))
     made_with = {"rows": len(rows), "rank": chosen.rank, "learning_rate": arguments.learning_rate, "epochs": epochs}
     made_with |= {"seed": chosen.seed, "groups": list(groups), "bits": chosen.bits, "samples": chosen.samples}
     # What else decides the schedule and which rows a step reads: a run goes on only with the same.
     made_with |= {"max_steps": chosen.max_steps, "passes": chosen.passes, "processes": full_size.ranks()}
+    made_with |= {"warmup": arguments.warmup_steps, "scheduler": arguments.lr_scheduler_type.value}
+    made_with |= {"alpha": lora.lora_alpha}
     if rank == 0:
         runs.claim(run_folder)
     checkpoint = runs.found_by_first(lambda: start_or_resume(run_folder, course, made_with))

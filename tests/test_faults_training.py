@@ -346,7 +346,9 @@ def test_a_disk_without_room_for_the_checkpoints_is_said_before_training(prepare
     (small_disk / "of-another-program").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20 * 2**20))
     run = course.notebook()
     assert run.end() == 1
-    assert_clear(run, r"0\.03 GiB for checkpoints, 0\.02 GiB free\. Free some, or set COURSE_OUTPUT to another disk\.")
+    assert_clear(
+        run, r"Three checkpoints take 0\.02 GiB, 0\.02 GiB are free\. Free some, or set COURSE_OUTPUT to another disk\."
+    )
     assert step(run) == -1
     fault.record(
         AREA,

@@ -233,13 +233,13 @@ def test_the_shares_of_all_processes_add_up_to_all_experts(plain, monkeypatch, p
 
 @pytest.mark.parametrize(("processes", "apart"), [(2, 2), (3, 1), (4, 4), (6, 2), (8, 8), (12, 4), (128, 128)])
 def test_experts_are_shared_out_as_far_as_they_divide(monkeypatch, processes, apart):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(planner, "launched", lambda: planner.Launched(processes))
     assert full_size.experts_apart(planner.AIR) == apart
 
 
 @pytest.mark.parametrize("processes", [6, 16])
 def test_a_process_without_an_expert_is_refused(plain, monkeypatch, processes):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(planner, "launched", lambda: planner.Launched(processes))
     with pytest.raises(utils.CourseError, match=rf"{processes} processes cannot share 8 experts out.*divides 8"):
         full_size.experts_apart(plain.config)
 

@@ -274,7 +274,7 @@ def test_a_large_rank_is_told_how_many_gpus():
 def test_too_little_disk_is_refused_with_figures():
     made = plan(bits=4, machine=replace(H100, disk_gib=10))
     assert not made.fits
-    with pytest.raises(utils.CourseError, match=r"Three checkpoints take 19\.9 GiB, 10\.0 GiB are free\. Free some"):
+    with pytest.raises(utils.CourseError, match=r"Three checkpoints take 19\.92 GiB, 10\.00 GiB are free\. Free some"):
         made.require_fit()
 
 
@@ -369,6 +369,17 @@ def test_the_heaviest_batch_is_rarely_exceeded_and_never_more_than_possible(seed
     assert sum(sum(draw.sample(sizes, 16)) > most for _ in range(2000)) < 10
     assert most <= sum(sorted(sizes)[-16:])
     assert planner.heaviest([50, 50], 16) == 800
+    few_long_ones = [60] * 3700 + [8000] * 20
+    most = planner.heaviest(few_long_ones, 16)
+    assert all(sum(draw.sample(few_long_ones, 16)) <= most for _ in range(20_000))
+    assert most < planner.largest(few_long_ones, 16) / 2
+
+
+def test_a_run_on_two_hosts_that_does_not_fit_is_told_how_two_hosts_would_do():
+    machine = Machine(8, 79, "H100", 500, 500)
+    made = plan(bits=16, samples=65536, processes=16, on_this_host=8, machine=machine)
+    assert not made.fits
+    assert "torchrun --nnodes 2 --nproc-per-node 8 train.py --bits 16 --samples 65536 --passes" in made.advice
 
 
 def test_a_variable_left_behind_is_named(monkeypatch):
@@ -379,6 +390,11 @@ def test_a_variable_left_behind_is_named(monkeypatch):
         planner.launched()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert planner.launched() == planner.Launched()
+    monkeypatch.setenv("LOCAL_RANK", "0")  # enough for torch to look for the other processes
+    with pytest.raises(
+        utils.CourseError, match=r"has set RANK, MASTER_ADDR, MASTER_PORT with it.*LOCAL_RANK, or start"
+    ):
+        planner.launched()
 
 
 def test_what_torchrun_sets_is_read(monkeypatch):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import nbformat
 import pytest
@@ -15,6 +17,7 @@ from nbclient import NotebookClient
 from safetensors.torch import load_file
 
 import full_size
+import planner
 import train
 import utils
 
@@ -44,6 +47,7 @@ def run_train(output, data, *arguments, processes=1, code=None):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["--no-python", sys.executable] if code else []
     command += ["-c", code] if code else [str(ROOT / "train.py")]
     done = subprocess.run(
         [*command, *arguments], env=environment(output, data), cwd=ROOT, capture_output=True, text=True, timeout=240
@@ -223,8 +227,8 @@ def test_an_interrupted_run_of_two_processes_ends_where_it_would_have(two_proces
 def command(monkeypatch, capsys, data, tmp_path):
     """Run the command line in this process: status, what it printed, what it complained of."""
 
-    def run(*arguments, output=tmp_path):
-        course = {"COURSE_OUTPUT": str(output), "COURSE_DATA": str(data), "SWANLAB_MODE": "disabled"}
+    def run(*arguments, output=tmp_path, rows=data):
+        course = {"COURSE_OUTPUT": str(output), "COURSE_DATA": str(rows), "SWANLAB_MODE": "disabled"}
         for name, value in course.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -272,6 +276,47 @@ def test_what_decides_the_schedule_decides_whether_a_run_goes_on(command, prepar
     assert asked[0] == asked[1] != asked[2]
 
 
+@pytest.mark.parametrize("changed", ["warmup_steps", "lr_scheduler_type", "alpha"])
+def test_what_stands_in_the_code_decides_it_too(command, prepared, monkeypatch, changed):
+    output, asked, usual, lora = prepared("code"), [], train.TrainingArguments, full_size.lora_config
+
+    def remember(run_folder, course, made_with):
+        asked.append(made_with)
+        raise utils.CourseError("far enough")
+
+    monkeypatch.setattr(train, "start_or_resume", remember)
+    assert command(output=output)[0] == 1
+    if changed == "alpha":
+        other = lambda *given: lora(*given).__class__(**(lora(*given).to_dict() | {"lora_alpha": 8}))  # noqa: E731
+        monkeypatch.setattr(full_size, "lora_config", other)
+    else:
+        value = {"warmup_steps": 0.2, "lr_scheduler_type": "linear"}[changed]
+        monkeypatch.setattr(train, "TrainingArguments", lambda **given: usual(**(given | {changed: value})))
+    assert command(output=output)[0] == 1
+    assert asked[0] != asked[1]
+
+
+OWN_ROOM = """
+import os, sys
+from dataclasses import replace
+import planner, train
+usual = planner.plan
+rows = 40 if os.environ["RANK"] == "0" else 5
+planner.plan = lambda *given, **named: replace(usual(*given, **named), held_out_rows=rows)
+class Told(train.ShardedTrainer):
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        print("@rows", self.args.per_device_eval_batch_size, flush=True)
+train.ShardedTrainer = Told
+sys.exit(train.main())
+"""
+
+
+def test_all_processes_evaluate_as_many_rows_at_once_as_the_fullest_can(prepared, data):
+    printed = run_train(prepared("room", FULL), data, "--max-steps", "1", processes=2, code=OWN_ROOM)
+    assert printed.count("@rows 5") == 2
+
+
 def test_a_variable_left_by_a_launcher_ends_in_one_message(command, prepared, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, complaint = command(output=prepared("left"))
@@ -281,6 +326,48 @@ def test_a_variable_left_by_a_launcher_ends_in_one_message(command, prepared, mo
 def test_the_plan_is_of_the_real_rows(command, prepared):
     _, printed, _ = command("--plan", "--samples", "16", output=prepared("planned"))
     assert "time: 60 steps" in printed  # 44 rows: three steps an epoch, and at least 60
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """Output folder and data file of rows that are longer than the limit, with their tokens of notebook 04."""
+    place = tmp_path_factory.mktemp("long")
+    rows = shutil.copy(ROOT / "tests" / "cases" / "long_rows_40.json", place)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(place / "out", rows).items():
+            patch.setenv(name, value)
+        for name in ("03_dataset", "04_chat_template"):
+            space = {}
+            for cell in lesson(name).cells:
+                exec(cell.source, space)
+    return place / "out", rows
+
+
+def test_long_rows_are_planned_at_their_real_length(command, data, prepared, long_rows, monkeypatch):
+    monkeypatch.setattr(planner, "this_machine", lambda _: planner.Machine(0, 0.0, "CPU", 64, 100))
+    figures = []
+    for output, rows in ((prepared("usual"), data), long_rows):
+        printed = command("--plan", output=output, rows=rows)[1]
+        found = re.search(r"= ([\d.]+) of .*?(\d+) steps of about ([\d.]+) s", printed, re.DOTALL)
+        figures.append(list(map(float, found.groups())))
+    (gib, steps, seconds), (more_gib, more_steps, more_seconds) = figures
+    assert more_gib > gib + 1 and more_seconds > 5 * seconds
+    assert steps == more_steps == 60
+
+
+@pytest.mark.parametrize("room", [64, 2])
+def test_notebook_05_says_before_it_loads_whether_long_rows_fit(long_rows, monkeypatch, capsys, room):
+    output, rows = long_rows
+    for name, value in environment(output, rows).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(planner, "this_machine", lambda _: planner.Machine(0, 0.0, "CPU", room, 100))
+    space = {}
+    with pytest.raises(utils.CourseError) if room == 2 else nullcontext() as stopped:
+        for cell in lesson("05_lora_training").cells:
+            if cell.id in ("05-01", "05-04", "05-06", "05-16b"):
+                exec(cell.source, space)
+    assert "steps of about" in capsys.readouterr().out and "model" not in space
+    assert room == 64 or "are free" in str(stopped.value)
 
 
 def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):
