@@ -270,6 +270,18 @@ def ask_for_key() -> bool:
     return bool(key)
 
 
+def recording_mode(course: utils.Settings) -> str:
+    """SwanLab's mode for the course's settings; without a cloud that answers and takes the key, `local`, and said."""
+    if course.swanlab_mode != "cloud":
+        return course.swanlab_mode
+    trouble = cloud_trouble()
+    if "SWANLAB_API_KEY" in trouble and ask_for_key():
+        trouble = cloud_trouble()
+    if trouble:
+        print(say("The SwanLab cloud {trouble}; recording locally, to be uploaded later.", trouble=trouble))
+    return "local" if trouble else "online"
+
+
 def log_folder(folder: Path) -> Path:
     """The folder if it can be written, else a new one among the temporary files, and said."""
     try:

@@ -140,12 +140,9 @@ class Progress(TrainerCallback):
 
 def swanlab_callback(course: utils.Settings, settings: dict[str, Any]) -> list[Any]:
     """SwanLab's callback, in the first process alone; a cloud that does not answer or refuses the key: locally."""
-    mode = "online" if course.swanlab_mode == "cloud" else course.swanlab_mode
-    if mode == "disabled" or full_size.own_rank():
+    if course.swanlab_mode == "disabled" or full_size.own_rank():
         return []
-    if mode == "online" and (trouble := runs.cloud_trouble()):
-        print(say("The SwanLab cloud {trouble}; recording locally, to be uploaded later.", trouble=trouble))
-        mode = "local"
+    mode = runs.recording_mode(course)
     from swanlab.integration.transformers import SwanLabCallback
 
     folder = str(runs.log_folder(course.output / "swanlab"))
