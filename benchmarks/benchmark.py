@@ -3,7 +3,8 @@
     python benchmarks/benchmark.py
 
 One command: it looks which GPUs are there, writes a checkpoint of holes (no download, no disk), loads it the way
-`train.py` does, fills it with random weights, and trains a few steps on rows of the lengths of a role-play data set.
+`python -m finetune train` does, fills it with random weights, and trains a few steps on rows of the lengths of a
+role-play data set.
 Speed and memory do not depend on the values of the weights; answers would, and none is looked at.
 
 Prints tokens/s, samples/s, peak memory and the share of what the matrix units could do, and writes them as JSON.
@@ -26,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
+
+utils.start()  # before torch is imported
 
 # isort: split
 import torch
@@ -36,14 +39,18 @@ from transformers import (
     AutoConfig,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-import full_size
-import planner
-from checkpoint import AIR, write
+from finetune import lora, planner
+from finetune.checkpoint import write_holes
+from finetune.config import AIR, ALL_GROUPS
+from finetune.machine import CARDS, Machine, this_machine
+from finetune.model import load_model
+from finetune.packing import PackedRows
+from finetune.parallel import launched
+from finetune.train import ShardedTrainer
 
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
 FLOP_A_TOKEN = 48e9  # forward and backward through 12 B active parameters, none of their gradients: 4 x 12 B
@@ -66,16 +73,17 @@ def randomise(model: torch.nn.Module) -> None:
     torch.manual_seed(0)
     for name, module in model.named_modules():
         for tensor, parameter in list(module.named_parameters(recurse=False)):
-            state = module.__dict__.get("packed", {}).get(tensor) or getattr(parameter, "quant_state", None)
+            packed = getattr(module, "packed", {})
+            state = packed.get(tensor) or getattr(parameter, "quant_state", None)
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             if state is not None:
                 from bitsandbytes.functional import quantize_4bit
 
                 full = torch.empty(state.shape, dtype=state.dtype, device=parameter.device).normal_(0, 0.02)
-                packed, new = quantize_4bit(full, quant_type="nf4", compress_statistics=True)
-                parameter.data.copy_(packed)
-                if tensor in module.__dict__.get("packed", {}):
-                    module.packed[tensor] = new
+                values, new = quantize_4bit(full, quant_type="nf4", compress_statistics=True)
+                parameter.data.copy_(values)
+                if tensor in packed:
+                    packed[tensor] = new
                 else:
                     parameter.quant_state = module.quant_state = new
             elif "norm" in name:
@@ -128,10 +136,10 @@ def peaks() -> list[tuple[float, float]]:
     """GiB reserved and in use at most, for each GPU that this run uses; of the process where there is none."""
     if not torch.cuda.is_available():
         return [(utils.peak_memory_gib(), utils.peak_memory_gib())]
-    mine = range(torch.cuda.device_count()) if full_size.ranks() == 1 else [torch.cuda.current_device()]
+    mine = range(torch.cuda.device_count()) if launched().processes == 1 else [torch.cuda.current_device()]
     found = [(torch.cuda.max_memory_reserved(i) / 2**30, torch.cuda.max_memory_allocated(i) / 2**30) for i in mine]
-    if full_size.ranks() > 1:
-        gathered: list[Any] = [None] * full_size.ranks()
+    if launched().processes > 1:
+        gathered: list[Any] = [None] * launched().processes
         torch.distributed.all_gather_object(gathered, found[0])
         found = gathered
     return [pair for pair in found if pair[0] > 0.1]
@@ -145,7 +153,7 @@ def measure(
     Returns:
         Seconds a step (median), tokens and samples a second over all GPUs, GiB at most on each GPU.
     """
-    world = full_size.ranks()
+    world = launched().processes
     data = rows(samples * (steps + 2), model.config)
     tokenizer = None
     if not packed:
@@ -163,7 +171,7 @@ def measure(
         activation_checkpointing=checkpointing,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if full_size.ranks() > 1 and not torch.cuda.is_available() else None,
+        ddp_backend="gloo" if launched().processes > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         remove_unused_columns=False,
@@ -176,8 +184,8 @@ def measure(
         model.get_base_model().gradient_checkpointing_disable()
     for device in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(device)
-    collator = full_size.PackedRows() if packed else DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
+    collator = PackedRows() if packed else DataCollatorForSeq2Seq(tokenizer, padding=True)
+    trainer = ShardedTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
     if profile:
         from torch.profiler import ProfilerActivity
 
@@ -266,18 +274,14 @@ def configuration(options: argparse.Namespace) -> Any:
 def worker(options: argparse.Namespace) -> None:
     """Load the model once and time one recipe at one or more numbers of samples; rank 0 appends to the file."""
     config = configuration(options)
-    textbook, rank, gpu = options.worker == "textbook", full_size.own_rank(), torch.cuda.is_available()
+    textbook, rank, gpu = options.worker == "textbook", launched().rank, torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with tempfile.TemporaryDirectory() as folder, Watch() as watch:
-        total = write(Path(folder), config, shards=max(1, config.num_hidden_layers * 47 // 46))
+        total = write_holes(Path(folder), config, shards=max(1, config.num_hidden_layers * 47 // 46))
         began = time.perf_counter()
-        model = full_size.load_model(
-            Path(folder),
-            bits=options.bits,
-            attention="sdpa" if textbook else "packed",
-            experts="grouped_mm" if textbook and options.bits == 16 else "grouped_lora",
-        )
+        attention = "sdpa" if textbook else "packed"
+        model = load_model(Path(folder), options.bits == 4, attention, grouped=not textbook)
         seconds = time.perf_counter() - began
     loading = {
         "seconds": round(seconds, 1),
@@ -286,11 +290,10 @@ def worker(options: argparse.Namespace) -> None:
         "weights_gib": round(torch.cuda.memory_allocated() / 2**30, 1) if gpu else None,
     }
     randomise(model)
-    groups = tuple(full_size.GROUPS) if options.groups == "all" else ("attention",)
-    grouped = options.bits == 4 or not textbook
-    model = full_size.attach(model, full_size.lora_config(options.rank, groups), grouped=grouped)
+    groups = ALL_GROUPS if options.groups == "all" else ("attention",)
+    model = lora.attach(model, lora.lora_config(options.rank, groups))
     rate = matrix_rate()
-    devices = full_size.ranks() if not textbook else max(1, torch.cuda.device_count())
+    devices = launched().processes if not textbook else max(1, torch.cuda.device_count())
     jobs = [(textbook, job) for job in options.samples.split(",")]
     if options.bits == 4 and not textbook:
         jobs.append((True, "16/4"))  # peft cannot adapt 4-bit experts: the textbook's batches, on our experts
@@ -317,14 +320,14 @@ def worker(options: argparse.Namespace) -> None:
             if config.num_hidden_layers == AIR.num_hidden_layers:
                 result["share_of_limit"] = round(result["tokens_per_second"] * FLOP_A_TOKEN / devices / rate, 3)
         except torch.OutOfMemoryError as error:
-            if full_size.ranks() > 1:
+            if launched().processes > 1:
                 raise  # the other processes wait for this one
             result |= {"samples": int(samples), "failed": str(error).splitlines()[0][:120]}
         note(result)
         model.zero_grad(set_to_none=True)
         gc.collect()  # what shared the gradients among the processes holds a copy of them
         torch.cuda.empty_cache()
-    if options.generate and full_size.ranks() == 1:
+    if options.generate and launched().processes == 1:
         note({"recipe": "generate"} | facts | generation(model))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -351,24 +354,23 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def planned_for(row: dict[str, Any]) -> planner.Plan:
+def planned_for(row: dict[str, Any], rows: planner.Rows = planner.ROLE_PLAY) -> planner.Plan:
     """The planner's answer for a measured row."""
     config = deepcopy(AIR)
     config.num_hidden_layers = row["layers"]
-    card = next((name for name in planner.CARDS if name in row["gpu"]), "")
-    gib = planner.CARDS[card].gib if card else 0.0
-    return planner.plan(
-        config,
-        rank=row.get("rank", 8),
-        groups=planner.GROUPS if row["groups"] == "all" else ("attention",),
-        bits=row["bits"],
-        samples=row["samples"],
-        passes=row["passes"],
-        checkpointing=row["checkpointing"],
-        machine=planner.Machine(row["gpus"], gib, card, 128, 1000),
-        processes=1 if row["recipe"] == "textbook" else row["gpus"],
-        recipe="textbook" if row["recipe"] == "textbook" else "ours",
+    card = next((name for name in CARDS if name in row["gpu"]), "")
+    recipe = planner.Recipe(
+        batch_size=row["samples"],
+        gradient_accumulation_steps=row["passes"],
+        lora_rank=row.get("rank", 8),
+        groups=ALL_GROUPS if row.get("groups", "all") == "all" else ("attention",),
+        load_in_4bit=row["bits"] == 4,
+        gradient_checkpointing=row["checkpointing"],
+        baseline=row["recipe"] == "textbook",
     )
+    gpus = row.get("gpus", 1)
+    machine = Machine(gpus, CARDS[card].gib if card else 0.0, card, 128, 1000)
+    return planner.plan(config, recipe, rows, machine, 1 if recipe.baseline else gpus, advise=False)
 
 
 def main() -> int:
@@ -394,13 +396,14 @@ def main() -> int:
     if options.worker:
         worker(options)
         return 0
-    machine = planner.this_machine(Path.cwd())
+    machine = this_machine(Path.cwd())
     if not machine.gpus and not options.tiny:
         print(planner.plan(machine=machine).text())
         print("There is no GPU here. --tiny tries the script with the bundled model's sizes.")
         return 1
     config = configuration(options)
-    fits = planner.plan(config, machine=machine, processes=options.processes, samples=16 * options.processes).fits
+    recipe = planner.Recipe(batch_size=16 * options.processes)
+    fits = planner.plan(config, recipe, machine=machine, processes=options.processes).fits
     options.bits = options.bits or (16 if fits else 4)
     count = options.processes
     options.samples = options.samples or f"16{'n' if options.bits == 16 else ''},{64 * count},{128 * count}"

@@ -92,7 +92,7 @@ def one_run(alpha: int, rate: float, seed: int, rank: int = 8) -> dict[str, Any]
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
 
-    import full_size
+    from finetune.lora import lora_config
 
     course, device = utils.settings(), "cuda" if torch.cuda.is_available() else "cpu"
     folder = utils.model_folder(course)
@@ -100,7 +100,7 @@ def one_run(alpha: int, rate: float, seed: int, rank: int = 8) -> dict[str, Any]
     parts = samples_of(course, tokenizer)
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    config = full_size.lora_config(rank)
+    config = lora_config(rank)
     config.lora_alpha = alpha
     model = get_peft_model(model, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""The fast path of `full_size` against the textbook way, on the bundled model in float32 on the CPU."""
+"""The fast path of `finetune` against the textbook way, on the bundled model in float32 on the CPU."""
 
 import json
 import logging
@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from peft.tuners.lora import ParamWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForSeq2Seq
 
-import full_size
-import planner
 import utils
-
-sys.path.append(str(ROOT / "benchmarks"))
-import checkpoint
+from finetune import checkpoint, experts, lora, parallel, quantize
+from finetune.config import AIR, ALL_GROUPS, EXPERT_TENSORS, GROUPS, lora_parameters, parameters, tensors
+from finetune.model import load_model
+from finetune.packing import PackedRows, pad_to
 
 AIR_ADAPTER = {"attention": 15826944, "dense": 360960, "shared experts": 5944320, "routed experts": 572129280}
-ALL, ATTENTION = tuple(full_size.GROUPS), ("attention",)
+ALL, ATTENTION = ALL_GROUPS, ("attention",)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,13 +40,19 @@ def cpu():
 @pytest.fixture(scope="module")
 def plain():
     """The bundled model in float32; copy it before changing it."""
-    return full_size.load_model(utils.BUNDLED, attention="sdpa", experts="grouped_mm")
+    return load_model(utils.BUNDLED, attention="sdpa", grouped=False)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The same with experts that compute the adapter's update as grouped products; copy it too."""
+    return load_model(utils.BUNDLED)
 
 
 @pytest.fixture(scope="module")
 def four_bit():
     """The bundled model in 4 bits; copies share nothing with it."""
-    return full_size.load_model(utils.BUNDLED, bits=4)
+    return load_model(utils.BUNDLED, load_in_4bit=True)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +76,11 @@ def fill(model, seed=0):
     return model
 
 
-def adapted(base, packed=True, grouped=True, rank=8, groups=ALL):
-    """A copy of the model with a random adapter, on the textbook's path or ours."""
+def adapted(base, packed=True, rank=8, groups=ALL):
+    """A copy of the model with a random adapter."""
     model = deepcopy(base)
     model.set_attn_implementation("packed" if packed else "sdpa")
-    return fill(full_size.attach(model, full_size.lora_config(rank, groups), grouped=grouped))
+    return fill(lora.attach(model, lora.lora_config(rank, groups)))
 
 
 def padded_batch(samples, tokenizer):
@@ -82,7 +88,7 @@ def padded_batch(samples, tokenizer):
 
 
 def packed_batch(samples):
-    return dict(full_size.PackedRows()([dict(sample) for sample in samples]))
+    return dict(PackedRows()([dict(sample) for sample in samples]))
 
 
 def loss_and_gradients(model, batch, checkpointing=False):
@@ -107,7 +113,7 @@ def logits_of(model, sample):
         return model.eval()(input_ids=ids, cu_seq_lens_q=edges, max_length_q=ids.shape[1]).logits[0]
 
 
-ONE_GROUP = list(full_size.GROUPS)
+ONE_GROUP = list(GROUPS)
 
 # ------------------------------------------------------------------------------------- the same mathematics
 
@@ -119,9 +125,9 @@ def textbook(plain, samples, tokenizer):
 
     def computed(rank, groups):
         if (rank, groups) not in kept:
-            model = adapted(plain, packed=False, grouped=False, rank=rank, groups=groups)
-            assert any(type(m) is full_size.ParamWrapper for m in model.modules()) == (groups == ALL)
-            assert not any(type(m) is full_size.GroupedLora for m in model.modules())
+            model = adapted(plain, packed=False, rank=rank, groups=groups)
+            assert any(type(m) is ParamWrapper for m in model.modules()) == (groups == ALL)
+            assert not any(type(m) is lora.GroupedLora for m in model.modules())
             kept[rank, groups] = loss_and_gradients(model, padded_batch(samples, tokenizer))
         return kept[rank, groups]
 
@@ -142,11 +148,11 @@ def textbook(plain, samples, tokenizer):
     ids=["packed rows", "grouped experts", "both", "both, rank 4", "both, rank 2", "both, attention alone"],
 )
 def test_loss_and_every_gradient_are_the_textbooks(
-    plain, samples, tokenizer, textbook, packed, grouped, rank, groups, checkpointing
+    plain, ours, samples, tokenizer, textbook, packed, grouped, rank, groups, checkpointing
 ):
     expected, gradients = textbook(rank, groups)
-    model = adapted(plain, packed=packed, grouped=grouped, rank=rank, groups=groups)
-    assert any(type(m) is full_size.GroupedLora for m in model.modules()) == (grouped and groups == ALL)
+    model = adapted(ours if grouped else plain, packed=packed, rank=rank, groups=groups)
+    assert any(type(m) is lora.GroupedLora for m in model.modules()) == (grouped and groups == ALL)
     batch = packed_batch(samples) if packed else padded_batch(samples, tokenizer)
     loss, found = loss_and_gradients(model, batch, checkpointing)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -156,9 +162,9 @@ def test_loss_and_every_gradient_are_the_textbooks(
     assert not wrong
 
 
-def test_a_rank_below_8_is_filled_up_in_bf16(plain, samples, textbook):
+def test_a_rank_below_8_is_filled_up_in_bf16(ours, samples, textbook):
     expected, gradients = textbook(4, ALL)
-    model = adapted(deepcopy(plain).to(torch.bfloat16), rank=4)
+    model = adapted(deepcopy(ours).to(torch.bfloat16), rank=4)
     loss, found = loss_and_gradients(model, packed_batch(samples))
     assert loss == pytest.approx(expected, rel=0.01)
     experts = [name for name in found if "mlp.experts" in name]
@@ -167,8 +173,8 @@ def test_a_rank_below_8_is_filled_up_in_bf16(plain, samples, textbook):
     assert max(far(found[name].float(), gradients[name]) for name in experts) < 0.2
 
 
-def test_the_adapter_can_be_switched_off(plain, samples):
-    model = adapted(plain)
+def test_the_adapter_can_be_switched_off(plain, ours, samples):
+    model = adapted(ours)
     with_adapter = logits_of(model, samples[0])
     with model.disable_adapter():
         without = logits_of(model, samples[0])
@@ -178,12 +184,12 @@ def test_the_adapter_can_be_switched_off(plain, samples):
     assert far(with_adapter, without) > 1e-3
 
 
-def test_logits_are_computed_only_where_a_label_is(plain, samples):
+def test_logits_are_computed_only_where_a_label_is(ours, samples):
     batch = packed_batch(samples)
     with torch.no_grad():
-        output = adapted(plain)(**batch)
+        output = adapted(ours)(**batch)
     count = sum(label != -100 for sample in samples for label in sample["labels"])
-    assert output.logits.shape == (1, count, plain.config.vocab_size)
+    assert output.logits.shape == (1, count, ours.config.vocab_size)
     assert batch["shift_labels"].tolist() == [
         label for sample in samples for label in sample["labels"] if label != -100
     ]
@@ -192,38 +198,43 @@ def test_logits_are_computed_only_where_a_label_is(plain, samples):
 # --------------------------------------------------------------------------- experts shared out among processes
 
 
-def experts_run(experts, x, index, weights):
+def experts_run(layer, x, index, weights):
     """Output of the routed experts, and the gradients of tokens, routing weights and factors."""
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    factors = [p for wrapper in experts.adapters.values() for n, p in wrapper.named_parameters() if "lora_" in n]
-    y = full_size.grouped_lora_experts(experts, x, index, weights)
+    factors = [p for wrapper in layer.adapters.values() for n, p in wrapper.named_parameters() if "lora_" in n]
+    y = layer(x, index, weights)
     asked = [x, weights, *dict.fromkeys(factors)]
     return y, torch.autograd.grad((y * torch.arange(y.shape[1])).sum(), asked)
 
 
-@pytest.mark.parametrize("few_places", [0, 2**14], ids=["rows elsewhere left out", "rows elsewhere thrown away"])
+def routed(model):
+    """The experts of the model's second layer, under the wrappers of their adapters."""
+    layer = model.get_base_model().model.layers[1].mlp.experts
+    while not isinstance(layer, experts.GroupedExperts):
+        layer = layer.base_layer
+    return layer
+
+
+@pytest.mark.parametrize("bound", [0, 2**14], ids=["rows elsewhere left out", "rows elsewhere thrown away"])
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_the_shares_of_all_processes_add_up_to_all_experts(plain, monkeypatch, parts, few_places):
-    experts = adapted(plain).get_base_model().model.layers[1].mlp.experts
-    while not hasattr(experts, "adapters"):
-        experts = experts.base_layer
-    count, k = experts.num_experts, plain.config.num_experts_per_tok
+def test_the_shares_of_all_processes_add_up_to_all_experts(ours, monkeypatch, parts, bound):
+    layer = routed(adapted(ours))
+    count, k = layer.num_experts, ours.config.num_experts_per_tok
     draw = torch.Generator().manual_seed(2)
-    x = torch.randn(30, plain.config.hidden_size, generator=draw)
+    x = torch.randn(30, ours.config.hidden_size, generator=draw)
     index = torch.stack([torch.randperm(count - 1, generator=draw)[:k] for _ in range(30)])  # nobody asks the last one
     weights = torch.rand(30, k, generator=draw)
-    expected, gradients = experts_run(experts, x, index, weights)
+    expected, gradients = experts_run(layer, x, index, weights)
 
-    monkeypatch.setattr(full_size, "FEW_PLACES", few_places)
+    monkeypatch.setattr(experts, "NO_COUNT_BELOW", bound)
     each, sums = count // parts, None
     for number in range(parts):
-        share = deepcopy(experts)
-        share.adapters = experts.adapters
-        for name in full_size.EXPERTS:
-            whole = experts._parameters[name]
+        share = deepcopy(layer)
+        share.adapters = layer.adapters
+        for name in EXPERT_TENSORS:
+            whole = layer._parameters[name]
             share._parameters[name] = torch.nn.Parameter(whole[number * each : (number + 1) * each], False)
-        share.num_experts, share._is_expert_parallel = each, True
-        monkeypatch.setattr(planner, "launched", lambda rank=number: planner.Launched(rank=rank))
+        share.num_experts, share._is_expert_parallel, share.first_expert = each, True, number * each
         own = index - number * each
         y, found = experts_run(share, x, own.where((own >= 0) & (own < each), each), weights)
         sums = (y, *found) if sums is None else tuple(map(torch.add, sums, (y, *found)))
@@ -231,17 +242,29 @@ def test_the_shares_of_all_processes_add_up_to_all_experts(plain, monkeypatch, p
     assert max(far(part, whole) for part, whole in zip(sums, (expected, *gradients), strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize(("processes", "apart"), [(2, 2), (3, 1), (4, 4), (6, 2), (8, 8), (12, 4), (128, 128)])
-def test_experts_are_shared_out_as_far_as_they_divide(monkeypatch, processes, apart):
-    monkeypatch.setattr(planner, "launched", lambda: planner.Launched(processes))
-    assert full_size.experts_apart(planner.AIR) == apart
+@pytest.mark.parametrize(("processes", "size"), [(2, 2), (3, 1), (4, 4), (6, 2), (8, 8), (12, 4), (128, 128)])
+def test_experts_are_divided_as_far_as_whole_experts_allow(processes, size):
+    assert parallel.require_expert_share(AIR, processes) == size
 
 
 @pytest.mark.parametrize("processes", [6, 16])
-def test_a_process_without_an_expert_is_refused(plain, monkeypatch, processes):
-    monkeypatch.setattr(planner, "launched", lambda: planner.Launched(processes))
+def test_a_process_without_an_expert_is_refused(ours, processes):
     with pytest.raises(utils.CourseError, match=rf"{processes} processes cannot share 8 experts out.*divides 8"):
-        full_size.experts_apart(plain.config)
+        parallel.require_expert_share(ours.config, processes)
+
+
+def test_filling_a_row_up_changes_neither_loss_nor_gradients(ours, samples):
+    """What processes do whose rows are shorter than the longest of all."""
+    batch = packed_batch(samples)
+    length = batch["input_ids"].shape[1]
+    expected, gradients = loss_and_gradients(adapted(ours), dict(batch))
+    assert pad_to(batch, length) is batch
+    filled = pad_to(batch, length + 13)
+    assert filled["input_ids"].shape[1] == filled["position_ids"].shape[1] == length + 13
+    assert filled["cu_seq_lens_q"].tolist()[-2:] == [length, length + 13]
+    loss, found = loss_and_gradients(adapted(ours), filled)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert max(far(found[name], gradient) for name, gradient in gradients.items()) < 1e-5
 
 
 # --------------------------------------------------------------------------- packed samples stay apart
@@ -257,8 +280,8 @@ def logits_by_sample(model, samples):
     return [logits[start:end] for start, end in pairwise(batch["cu_seq_lens_q"].tolist())]
 
 
-def test_packed_samples_do_not_see_each_other_whatever_their_order(plain, samples):
-    model = adapted(plain)
+def test_packed_samples_do_not_see_each_other_whatever_their_order(ours, samples):
+    model = adapted(ours)
     alone = [logits_of(model, sample) for sample in samples]
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         together = logits_by_sample(model, [samples[i] for i in order])
@@ -270,83 +293,88 @@ def test_packed_samples_do_not_see_each_other_whatever_their_order(plain, sample
     assert [far(a, b) < 1e-5 for a, b in zip(after, before, strict=True)] == [True, False, True, True]
 
 
-def test_one_sample_is_causal(plain, samples):
-    model = adapted(plain)
+def test_one_sample_is_causal(ours, samples):
+    model = adapted(ours)
     later = deepcopy(samples[2])
     later["input_ids"][-1] = 5
     assert far(logits_of(model, later)[:-1], logits_of(model, samples[2])[:-1]) < 1e-5
 
 
-def test_a_batch_that_says_not_where_samples_begin_is_refused(plain, samples, tokenizer):
+def test_a_batch_that_says_not_where_samples_begin_is_refused(ours, samples, tokenizer):
     with pytest.raises(utils.CourseError, match=r"a batch that PackedRows did not make. Use it, or attention 'sdpa'"):
-        adapted(plain)(**padded_batch(samples, tokenizer))
+        adapted(ours)(**padded_batch(samples, tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------- 4 bits
 
 
-def test_four_bits_give_nearly_the_same_loss_and_an_eighth_of_the_bytes(plain, four_bit, samples):
-    full, packed = adapted(plain), adapted(four_bit)
-    assert full_size.attached(packed) == full_size.attached(full)
+def grouped_layers(model):
+    """The experts of all layers."""
+    return [module for module in model.modules() if isinstance(module, experts.GroupedExperts)]
+
+
+def test_four_bits_give_nearly_the_same_loss_and_an_eighth_of_the_bytes(ours, four_bit, samples):
+    full, packed = adapted(ours), adapted(four_bit)
+    assert lora.trainable_by_group(packed) == lora.trainable_by_group(full)
     loss, gradients = loss_and_gradients(packed, packed_batch(samples), checkpointing=True)
     assert loss == pytest.approx(full(**packed_batch(samples)).loss.item(), rel=0.02)
     assert all(gradient.norm() > 0 for gradient in gradients.values())
 
     def stored(model):
         """Bytes of the routed experts, scales included."""
-        total = sum(p.nbytes for name, p in model.named_parameters() if full_size.is_experts(name))
-        states = [state for module in model.modules() for state in module.__dict__.get("packed", {}).values()]
+        total = sum(p.nbytes for name, p in model.named_parameters() if quantize.is_experts(name))
+        states = [state for layer in grouped_layers(model) for state in layer.packed.values()]
         return total + sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
 
-    assert stored(plain) == 4 * planner.parameters(plain.config)["routed"]
-    assert stored(four_bit) / stored(plain) == pytest.approx(planner.NF4_BYTES / 4, rel=0.01)
-    assert 0.125 < stored(four_bit) / stored(plain) < 0.135
+    assert stored(ours) == 4 * parameters(ours.config)["routed"]
+    assert stored(four_bit) / stored(ours) == pytest.approx(quantize.NF4_BYTES / 4, rel=0.01)
+    assert 0.125 < stored(four_bit) / stored(ours) < 0.135
 
 
 def test_unpacking_some_experts_is_unpacking_all_and_choosing(four_bit):
-    few = torch.tensor([0, 3, 7])
+    some = torch.tensor([0, 3, 7])
     seen = 0
-    for module in four_bit.modules():
-        for name in module.__dict__.get("packed", {}):
-            whole = full_size.read(module, name)
+    for layer in grouped_layers(four_bit):
+        for name in layer.packed:
+            whole = layer.weight(name)
             assert whole.shape[0] == four_bit.config.n_routed_experts and whole.abs().max() > 0
-            assert torch.equal(full_size.read(module, name, few), whole[few])
-            assert torch.equal(full_size.read(module, name, few[1:2]), whole[3:4])
+            assert torch.equal(layer.weight(name, some), whole[some])
+            assert torch.equal(layer.weight(name, some[1:2]), whole[3:4])
             seen += 1
     assert seen == 2 * (four_bit.config.num_hidden_layers - 1)
 
 
 def test_answering_unpacks_only_who_is_asked_and_says_the_same(four_bit, samples, monkeypatch):
     model = adapted(four_bit, packed=False).eval()
-    base, asked, read = model.get_base_model(), [], full_size.read
+    base, asked, weight = model.get_base_model(), [], experts.GroupedExperts.weight
 
-    def noted(experts, name, few=None):
-        asked.append(None if few is None else len(few))
-        return read(experts, name, few)
+    def noted(layer, name, some=None):
+        asked.append(None if some is None else len(some))
+        return weight(layer, name, some)
 
-    monkeypatch.setattr(full_size, "read", noted)
+    monkeypatch.setattr(experts.GroupedExperts, "weight", noted)
     base.config.use_cache = True
     ids = torch.tensor([samples[0]["input_ids"]])
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
     answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), output_logits=True, **how)
-    experts = 2 * (base.config.num_hidden_layers - 1)
-    assert asked[:experts] == [None] * experts  # the question, in one piece
-    assert len(asked) == 8 * experts and all(count in (1, 2) for count in asked[experts:])
+    count = 2 * (base.config.num_hidden_layers - 1)
+    assert asked[:count] == [None] * count  # the question, in one piece
+    assert len(asked) == 8 * count and all(some in (1, 2) for some in asked[count:])
     with torch.no_grad():
         whole = model(input_ids=answer.sequences, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
-    assert len(asked) == 9 * experts and asked[-1] is None
+    assert len(asked) == 9 * count and asked[-1] is None
     assert torch.equal(whole.argmax(-1), answer.sequences[0, ids.shape[1] :])
     # One row goes through another kernel of bitsandbytes than many, on some processors in bf16.
     assert far(torch.cat(answer.logits), whole) < 0.02
 
 
 def test_the_path_of_few_tokens_computes_what_that_of_many_does(four_bit):
-    experts = next(m for m in adapted(four_bit).modules() if "packed" in m.__dict__)
+    layer = routed(adapted(four_bit))
     x = torch.randn(3, four_bit.config.hidden_size, generator=torch.Generator().manual_seed(3))
     index, weights = torch.tensor([[1, 6], [6, 2], [7, 1]]), torch.tensor([[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]])
-    many = full_size.grouped_lora_experts(experts, x, index, weights)  # gradients are on: everybody is unpacked
+    many = layer(x, index, weights)  # gradients are on: everybody is unpacked
     with torch.no_grad():
-        few = full_size.grouped_lora_experts(experts, x, index, weights)
+        few = layer(x, index, weights)
     assert far(few, many) < 1e-6
 
 
@@ -359,42 +387,42 @@ def keys(folder):
 
 
 @pytest.mark.parametrize("groups", [ALL, ATTENTION], ids=["all", "attention"])
-def test_an_adapter_goes_from_4_bits_to_float32_and_back(plain, four_bit, samples, tmp_path, groups):
-    full, packed = adapted(plain, groups=groups), adapted(four_bit, groups=groups)
+def test_an_adapter_goes_from_4_bits_to_float32_and_back(plain, ours, four_bit, samples, tmp_path, groups):
+    full, packed = adapted(ours, groups=groups), adapted(four_bit, groups=groups)
     for model, folder in ((full, "full"), (packed, "packed")):
-        model.save_pretrained(tmp_path / folder, state_dict=full_size.adapter_state(model))
-    adapted(plain, packed=False, grouped=False, groups=groups).save_pretrained(tmp_path / "textbook")
+        model.save_pretrained(tmp_path / folder, state_dict=lora.adapter_state(model))
+    adapted(plain, packed=False, groups=groups).save_pretrained(tmp_path / "textbook")
     assert keys(tmp_path / "full") == keys(tmp_path / "packed") == keys(tmp_path / "textbook")
     wanted = {"full": logits_of(full, samples[0]), "packed": logits_of(packed, samples[0])}
-    for base, origin in ((plain, "full"), (four_bit, "packed")):
+    for base, origin in ((ours, "full"), (four_bit, "packed")):
         for folder in ("full", "packed", "textbook"):
             empty = deepcopy(base)
             empty.set_attn_implementation("packed")
-            found = logits_of(full_size.load_adapter(empty, tmp_path / folder), samples[0])
+            found = logits_of(lora.load_adapter(empty, tmp_path / folder), samples[0])
             assert far(found, wanted[origin]) < 1e-6
     # The error of 4 bits is that of the weights alone, with or without an adapter.
     assert far(wanted["packed"], wanted["full"]) < 0.2
 
 
-def test_an_adapter_of_ours_loads_the_textbook_way(plain, samples, tmp_path):
+def test_an_adapter_of_ours_loads_the_textbook_way(plain, ours, samples, tmp_path):
     from peft import PeftModel
 
-    ours = adapted(plain)
-    ours.save_pretrained(tmp_path, state_dict=full_size.adapter_state(ours))
+    model = adapted(ours)
+    model.save_pretrained(tmp_path, state_dict=lora.adapter_state(model))
     theirs = PeftModel.from_pretrained(deepcopy(plain), tmp_path).eval()
     with torch.no_grad():
         found = theirs(input_ids=torch.tensor([samples[0]["input_ids"]])).logits[0]
-    assert far(found, logits_of(ours, samples[0])) < 1e-5
+    assert far(found, logits_of(model, samples[0])) < 1e-5
 
 
 def test_the_adapter_has_the_planned_size_at_full_size():
     for groups, expected in ((ALL, AIR_ADAPTER), (ATTENTION, {"attention": AIR_ADAPTER["attention"]})):
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(planner.AIR, dtype=torch.bfloat16)
-            found = full_size.attached(full_size.attach(empty, full_size.lora_config(groups=groups)))
+            empty = AutoModelForCausalLM.from_config(AIR, dtype=torch.bfloat16)
+            found = lora.trainable_by_group(lora.attach(empty, lora.lora_config(groups=groups)))
         assert found.pop("elsewhere") == 0
         assert {group: count for group, count in found.items() if count} == expected
-        assert planner.adapter_parameters(planner.AIR, 8, groups) == expected
+        assert lora_parameters(AIR, 8, groups) == expected
 
 
 # --------------------------------------------------------------------------- a checkpoint in the real layout
@@ -409,7 +437,7 @@ def write_real(folder, seed=0, shards=10):
     config.num_nextn_predict_layers = 1
     draw = torch.Generator().manual_seed(seed)
     parts, weight_map = [{} for _ in range(shards)], {}
-    named = list(checkpoint.tensors(config))
+    named = list(tensors(config))
     for number, (name, shape, kind) in enumerate(named):
         dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[kind]
         if f"layers.{config.num_hidden_layers}." in name:
@@ -450,12 +478,13 @@ def test_the_real_layout_loads_as_the_bundled_model_and_says_nothing(real, plain
     code = (
         "import sys, logging\n"
         "logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))\n"
-        "import utils, full_size\n"  # in the order of train.py and the notebooks
+        "import utils\n"
+        "from finetune.model import load_model\n"  # in the order of the notebooks
         "import torch\n"
         "from pathlib import Path\n"
         "from transformers.utils.logging import disable_progress_bar\n"
         "disable_progress_bar()\n"
-        "model = full_size.load_model(Path(sys.argv[1]), attention='sdpa', experts='grouped_mm').eval()\n"
+        "model = load_model(Path(sys.argv[1]), attention='sdpa', grouped=False).eval()\n"
         "torch.save(model(input_ids=torch.tensor([eval(sys.argv[2])])).logits.detach(), sys.argv[3])\n"
     )
     command = [sys.executable, "-c", code, str(real), str(samples[0]["input_ids"]), str(tmp_path / "logits")]
@@ -471,21 +500,21 @@ def test_no_tensor_of_the_real_layout_is_missed(real, caplog, monkeypatch, bits)
     logger = logging.getLogger("transformers")
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.INFO):
-        model = full_size.load_model(real, bits=bits)
+        model = load_model(real, load_in_4bit=bits == 4)
     assert not [text for text in caplog.messages if "layers.7." in text or "MISSING" in text or "UNEXPECTED" in text]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "gemm" not in record.msg]
     config = model.config
     if bits == 16:
         bare, info = AutoModelForCausalLM.from_pretrained(real, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
-        assert sum(p.numel() for p in model.parameters()) == sum(planner.parameters(config).values())
+        assert sum(p.numel() for p in model.parameters()) == sum(parameters(config).values())
         assert all(torch.equal(a.float(), b) for a, b in zip(bare.parameters(), model.parameters(), strict=True))
     assert not any(p.is_meta for p in model.parameters())
 
 
 def small_air(layers, **changes):
     """GLM-4.5-Air with fewer and smaller layers."""
-    config = deepcopy(planner.AIR)
+    config = deepcopy(AIR)
     config.update({"num_hidden_layers": layers, "hidden_size": 1024, "vocab_size": 1000, "n_routed_experts": 16})
     config.update({"pad_token_id": 0, "eos_token_id": 1, **changes})
     return config
@@ -493,10 +522,10 @@ def small_air(layers, **changes):
 
 def test_the_checkpoint_of_holes_takes_no_disk_and_names_every_tensor(tmp_path):
     config = small_air(3)
-    total = checkpoint.write(tmp_path, config, shards=5)
+    total = checkpoint.write_holes(tmp_path, config, shards=5)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) == 5
-    assert set(full_size.check_shards(tmp_path)) == {name for name, _, _ in checkpoint.tensors(config)}
+    assert set(checkpoint.check_shards(tmp_path)) == {name for name, _, _ in tensors(config)}
     assert total < sum(path.stat().st_size for path in shards) < total + 2**20
     assert total > 100 * 2**20
     for path in shards:
@@ -507,14 +536,14 @@ def test_the_checkpoint_of_holes_takes_no_disk_and_names_every_tensor(tmp_path):
         with safe_open(path, "pt") as file:
             found |= {name: (path.name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     assert {name: place for name, (place, _) in found.items()} == index
-    assert {name: shape for name, (_, shape) in found.items()} == {n: s for n, s, _ in checkpoint.tensors(config)}
+    assert {name: shape for name, (_, shape) in found.items()} == {n: s for n, s, _ in tensors(config)}
 
 
 def numbers(config):
     """How many numbers the checkpoint's tensors hold, the prediction layer and the routers' buffers left out."""
     prediction = f"model.layers.{config.num_hidden_layers}."
     total = 0
-    for name, shape, _ in checkpoint.tensors(config):
+    for name, shape, _ in tensors(config):
         if not name.startswith(prediction) and "e_score_correction_bias" not in name:
             total += torch.Size(shape).numel()
     return total
@@ -523,19 +552,20 @@ def numbers(config):
 def test_the_names_of_the_checkpoint_are_the_models_parameters():
     small = AutoConfig.from_pretrained(utils.BUNDLED)
     small.tie_word_embeddings = False
-    for config, expected in ((small, None), (planner.AIR, 106_852_245_504)):
-        assert numbers(config) == sum(planner.parameters(config).values())
+    for config, expected in ((small, None), (AIR, 106_852_245_504)):
+        assert numbers(config) == sum(parameters(config).values())
         assert expected in (None, numbers(config))
 
 
 MEMORY = """
 import sys, threading
 from pathlib import Path
-import torch, full_size
+import torch
+from finetune.model import load_model
 from benchmark import Watch, host_memory_gib
 before = host_memory_gib()
 with Watch() as watch:
-    model = full_size.load_model(Path(sys.argv[1]), bits=4)
+    model = load_model(Path(sys.argv[1]), load_in_4bit=True)
 held = sum(p.nbytes for p in model.parameters()) / 2**30
 print(before, max(watch.most, host_memory_gib()), held)
 """
@@ -543,8 +573,8 @@ print(before, max(watch.most, host_memory_gib()), held)
 
 def test_loading_in_4_bits_never_holds_the_model_unpacked(tmp_path):
     config = small_air(13, num_attention_heads=8, moe_intermediate_size=512, intermediate_size=1024)
-    checkpoint.write(tmp_path, config, shards=14)
-    unpacked = 4 * sum(planner.parameters(config).values()) / 2**30  # in float32, as a processor computes
+    checkpoint.write_holes(tmp_path, config, shards=14)
+    unpacked = 4 * sum(parameters(config).values()) / 2**30  # in float32, as a processor computes
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120, env=environment)
@@ -561,7 +591,7 @@ def test_loading_in_4_bits_never_holds_the_model_unpacked(tmp_path):
 def test_a_missing_shard_is_named(linked):
     (linked / "model-00004-of-00010.safetensors").unlink()
     with pytest.raises(utils.CourseError, match=r"model-00004-of-00010.safetensors"):
-        full_size.load_model(linked)
+        load_model(linked)
 
 
 @pytest.mark.parametrize(
@@ -580,7 +610,7 @@ def test_a_shard_cut_short_is_named(linked, kept):
     shard.unlink()
     shard.write_bytes(data[: int(kept * len(data)) if kept == 0.5 else kept])
     with pytest.raises(utils.CourseError, match=r"model-00003-of-00010.safetensors is cut short"):
-        full_size.load_model(linked)
+        load_model(linked)
 
 
 def lose(folder, name):
@@ -599,17 +629,12 @@ def lose(folder, name):
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(linked):
     lose(linked, "model.layers.3.self_attn.q_proj.weight")
     with pytest.raises(utils.CourseError, match=r"model\.layers\.3\.self_attn\.q_proj\.weight"):
-        full_size.load_model(linked)
-
-
-def test_neither_4_nor_16_bits_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(utils.CourseError, match="bits=3: 16"):
-        full_size.load_model(tmp_path / "nowhere", bits=3)
+        load_model(linked)
 
 
 def test_an_unknown_group_is_refused_and_the_known_are_listed():
     with pytest.raises(utils.CourseError, match=r"LoRA on embeddings: no such group.*attention, dense, shared experts"):
-        full_size.lora_config(groups=("attention", "embeddings"))
+        lora.lora_config(groups=("attention", "embeddings"))
 
 
 @pytest.mark.parametrize(
@@ -622,36 +647,36 @@ def test_an_unknown_group_is_refused_and_the_known_are_listed():
     ],
 )
 def test_an_adapter_that_would_not_train_what_it_says_is_refused(plain, changes, said):
-    config = full_size.lora_config()
+    config = lora.lora_config()
     for name, value in changes.items():
         setattr(config, name, value)
     model = deepcopy(plain)
     with pytest.raises(utils.CourseError, match=said):
-        full_size.attach(model, config)
+        lora.attach(model, config)
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 def test_dropout_is_allowed_on_attention_alone(plain):
-    config = full_size.lora_config(groups=ATTENTION)
+    config = lora.lora_config(groups=ATTENTION)
     config.lora_dropout = 0.1
-    assert full_size.attached(full_size.attach(deepcopy(plain), config))["attention"]
+    assert lora.trainable_by_group(lora.attach(deepcopy(plain), config))["attention"]
 
 
 @pytest.fixture(scope="module")
-def adapter(plain, tmp_path_factory):
+def adapter(ours, tmp_path_factory):
     """A saved random adapter on all groups; read only."""
     folder = tmp_path_factory.mktemp("adapter")
-    model = adapted(plain)
-    model.save_pretrained(folder, state_dict=full_size.adapter_state(model))
+    model = adapted(ours)
+    model.save_pretrained(folder, state_dict=lora.adapter_state(model))
     return folder
 
 
 @pytest.mark.parametrize("group", ONE_GROUP)
-def test_an_adapter_on_one_group_loads_again(plain, tmp_path, group):
-    model = adapted(plain, groups=(group,))
-    model.save_pretrained(tmp_path, state_dict=full_size.adapter_state(model))
-    loaded = full_size.load_adapter(deepcopy(plain), tmp_path)
-    assert all(torch.equal(a, full_size.adapter_state(loaded)[n]) for n, a in full_size.adapter_state(model).items())
+def test_an_adapter_on_one_group_loads_again(ours, tmp_path, group):
+    model = adapted(ours, groups=(group,))
+    model.save_pretrained(tmp_path, state_dict=lora.adapter_state(model))
+    loaded = lora.load_adapter(deepcopy(ours), tmp_path)
+    assert all(torch.equal(a, lora.adapter_state(loaded)[n]) for n, a in lora.adapter_state(model).items())
 
 
 @pytest.mark.parametrize(
@@ -669,12 +694,12 @@ def test_an_adapter_of_another_model_is_refused(adapter, linked, tmp_path, field
     with torch.device("meta"):
         other = AutoModelForCausalLM.from_config(config)
     with pytest.raises(utils.CourseError, match=f"was trained on another model .*{said}.*Nothing was loaded"):
-        full_size.load_adapter(other, adapter)
+        lora.load_adapter(other, adapter)
     assert not any("lora" in name for name, _ in other.named_parameters())
     (linked / "config.json").unlink()
     config.save_pretrained(linked)
     with pytest.raises(utils.CourseError, match="was trained on another model"):
-        full_size.merge(linked, adapter, tmp_path / "out")
+        checkpoint.merge(linked, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -683,7 +708,7 @@ def test_an_adapter_that_is_no_safetensors_is_refused(plain, adapter, tmp_path):
     torch.save(load_file(adapter / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     model = deepcopy(plain)
     with pytest.raises(utils.CourseError, match=r"no adapter_config.json and adapter_model.safetensors there"):
-        full_size.load_adapter(model, tmp_path)
+        lora.load_adapter(model, tmp_path)
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
@@ -711,7 +736,7 @@ def merged32(real, adapter, tmp_path_factory):
     """A float32 checkpoint, merged by us; and how many tensors changed."""
     parent = tmp_path_factory.mktemp("float32")
     folder, said = as_float32(real, parent / "checkpoint"), []
-    changed = full_size.merge(folder, adapter, parent / "merged", report=said.append)
+    changed = checkpoint.merge(folder, adapter, parent / "merged", report=said.append)
     assert len(said) == 10 and said[2].startswith("shard 3 of 10: model-00003")
     return folder, parent / "merged", changed
 
@@ -751,7 +776,7 @@ def test_merging_is_pefts_merging(merged32, adapter):
 
 def test_the_merged_checkpoint_has_the_originals_layout(real, adapter, tmp_path):
     out = tmp_path / "merged"
-    full_size.merge(real, adapter, out, report=lambda _: None)
+    checkpoint.merge(real, adapter, out, report=lambda _: None)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in real.iterdir())
     for path in real.iterdir():
         if path.suffix != ".safetensors":
@@ -767,35 +792,35 @@ def test_the_merged_checkpoint_has_the_originals_layout(real, adapter, tmp_path)
                 assert torch.equal(tensor, after[name][key])
                 same += 1
     assert same > 20
-    full_size.check_shards(out)
+    checkpoint.check_shards(out)
 
 
 def test_the_merged_model_says_what_the_adapter_says(merged32, adapter, samples):
     folder, out, _ = merged32
-    with_adapter = full_size.load_adapter(full_size.load_model(folder), adapter)
-    merged = full_size.load_model(out)
+    with_adapter = lora.load_adapter(load_model(folder), adapter)
+    merged = load_model(out)
     assert far(logits_of(merged, samples[0]), logits_of(with_adapter, samples[0])) < 1e-5
-    assert far(logits_of(full_size.load_model(folder), samples[0]), logits_of(merged, samples[0])) > 1e-3
+    assert far(logits_of(load_model(folder), samples[0]), logits_of(merged, samples[0])) > 1e-3
 
 
 @pytest.mark.parametrize("group", ONE_GROUP)
-def test_an_adapter_on_one_group_is_merged(plain, real, tmp_path, group):
-    model = adapted(plain, groups=(group,))
-    model.save_pretrained(tmp_path / "adapter", state_dict=full_size.adapter_state(model))
-    config = plain.config
+def test_an_adapter_on_one_group_is_merged(ours, real, tmp_path, group):
+    model = adapted(ours, groups=(group,))
+    model.save_pretrained(tmp_path / "adapter", state_dict=lora.adapter_state(model))
+    config = ours.config
     expected = {
         "attention": 4 * config.num_hidden_layers,
         "dense": 3,
         "shared experts": 3 * (config.num_hidden_layers - 1),
     }
     expected["routed experts"] = 3 * config.n_routed_experts * (config.num_hidden_layers - 1)
-    assert full_size.merge(real, tmp_path / "adapter", tmp_path / "out", report=lambda _: None) == expected[group]
+    assert checkpoint.merge(real, tmp_path / "adapter", tmp_path / "out", report=lambda _: None) == expected[group]
 
 
 def test_a_folder_that_holds_something_is_left_as_it_is(real, adapter, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(utils.CourseError, match=r"is not empty. Name a new folder.* Nothing was written"):
-        full_size.merge(real, adapter, tmp_path)
+        checkpoint.merge(real, adapter, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -805,14 +830,14 @@ def test_too_little_disk_is_refused_before_anything_is_written(real, adapter, tm
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
     with pytest.raises(utils.CourseError, match=r"takes 0\.\d GiB, 0\.\d GiB are free.* Nothing was written"):
-        full_size.merge(real, adapter, tmp_path / "a" / "b")
+        checkpoint.merge(real, adapter, tmp_path / "a" / "b")
     assert asked == [tmp_path] and not (tmp_path / "a").exists()
 
 
 def test_merging_a_damaged_checkpoint_writes_nothing(linked, adapter, tmp_path):
     (linked / "model-00010-of-00010.safetensors").unlink()
     with pytest.raises(utils.CourseError, match="model-00010-of-00010"):
-        full_size.merge(linked, adapter, tmp_path / "out")
+        checkpoint.merge(linked, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -820,7 +845,7 @@ def test_a_checkpoint_that_lacks_what_is_to_be_changed_is_refused_before_anythin
     lost = "model.layers.3.mlp.experts.5.down_proj.weight"
     lose(linked, lost)
     with pytest.raises(utils.CourseError, match=f"1 tensors are in no shard .*{lost}"):
-        full_size.merge(linked, adapter, tmp_path / "out", report=lambda _: None)
+        checkpoint.merge(linked, adapter, tmp_path / "out", report=lambda _: None)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -836,9 +861,9 @@ def test_a_shard_never_stands_half_written_under_its_name(real, adapter, tmp_pat
             path.write_bytes(path.read_bytes()[:1000])
             raise OSError("no space left")
 
-    monkeypatch.setattr(full_size, "save_file", stopped)
+    monkeypatch.setattr(checkpoint, "save_file", stopped)
     with pytest.raises(OSError, match="no space"):
-        full_size.merge(real, adapter, out, report=lambda _: None)
+        checkpoint.merge(real, adapter, out, report=lambda _: None)
     whole = sorted(path.name for path in out.glob("*.safetensors"))
     assert whole == ["model-00001-of-00010.safetensors", "model-00002-of-00010.safetensors"]
     assert all((out / name).stat().st_size == (real / name).stat().st_size for name in whole)

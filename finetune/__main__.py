@@ -1,0 +1,153 @@
+"""The command line of the engine.
+
+    python -m finetune plan --load-in-4bit               what a run needs, before anything is loaded
+    python -m finetune train                             one process; the bundled model on a CPU
+    python -m finetune train --load-in-4bit              GLM-4.5-Air on one 80 GB GPU
+    torchrun --nproc-per-node 2 -m finetune train        two GPUs; each keeps half of the experts
+    python -m finetune chat                              talk to the trained persona
+    python -m finetune merge output/merged               the adapter into a checkpoint of the original's layout
+
+Each command has its own flags: `python -m finetune train --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+import utils
+from course.language import say
+
+#: What other tools, and earlier versions of this one, call a flag.
+OTHER_NAMES = {
+    "--samples": "--batch-size",
+    "--per-device-train-batch-size": "--batch-size",
+    "--passes": "--gradient-accumulation-steps",
+    "--grad-accum": "--gradient-accumulation-steps",
+    "--bits": "--load-in-4bit",
+    "--4bit": "--load-in-4bit",
+    "--rank": "--lora-rank",
+    "--lora-r": "--lora-rank",
+    "--r": "--lora-rank",
+    "--checkpointing": "--gradient-checkpointing",
+    "--lr": "--learning-rate",
+    "--steps": "--max-steps",
+    "--num-train-epochs": "--epochs",
+    "--output": "--output-dir",
+    "--model": "COURSE_MODEL",
+    "--plan": "the command plan",
+    "--merge": "the command merge",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the right flag for a wrong one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one message and the flag that was probably meant; status 2."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = message.rpartition("unrecognized arguments: ")[2].split() if "unrecognized" in message else []
+        meant = []
+        for flag in (one.partition("=")[0] for one in wrong if one.startswith("-")):
+            near = OTHER_NAMES.get(flag.replace("_", "-")) or next(iter(difflib.get_close_matches(flag, flags)), "")
+            meant += [say("For {flag} use {near}.", flag=flag, near=near)] if near else []
+        self.exit(2, f"{self.prog}: {message}. {' '.join(meant) or say('--help lists all flags.')}\n")
+
+
+def parser() -> Parser:
+    """The commands and their flags; every default is what notebook 05 uses."""
+    top = Parser("python -m finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--output-dir", metavar="FOLDER", help="in the place of COURSE_OUTPUT")
+    common.add_argument("--load-in-4bit", action="store_true", help="weights in NF4, experts included")
+    for name, text in (("plan", "say what a run needs and stop"), ("train", "train, or go on with an unfinished run")):
+        one = commands.add_parser(name, help=text, parents=[common], **how)
+        one.add_argument("--batch-size", type=int, default=16, help="samples of one optimizer step, over all processes")
+        one.add_argument("--gradient-accumulation-steps", type=int, default=1, help="passes that a step is split into")
+        one.add_argument("--lora-rank", type=int, default=8, help="lora_alpha is 4 times this")
+        one.add_argument("--attention-only", action="store_true", help="LoRA on attention, 3 %% of the parameters")
+        one.add_argument("--epochs", type=int, help="3, or as many as make 60 steps")
+        one.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever the epochs")
+        one.add_argument("--learning-rate", type=float, help="4e-3 for a small model, 1e-4 for a large one")
+        one.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="for a large model")
+        one.add_argument("--save-steps", type=int, default=50)
+        one.add_argument("--seed", type=int, default=42)
+    one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
+    one.add_argument("--history", action="store_true", help="keep earlier turns in the prompt")
+    one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
+    one.add_argument("folder", help="a new folder for the merged checkpoint")
+    return top
+
+
+def options_of(chosen: argparse.Namespace) -> object:
+    """The command line as `train.Options`."""
+    from finetune.config import ALL_GROUPS
+    from finetune.planner import Recipe
+    from finetune.train import Options
+
+    recipe = Recipe(
+        batch_size=chosen.batch_size,
+        gradient_accumulation_steps=chosen.gradient_accumulation_steps,
+        lora_rank=chosen.lora_rank,
+        groups=("attention",) if chosen.attention_only else ALL_GROUPS,
+        load_in_4bit=chosen.load_in_4bit,
+        max_steps=chosen.max_steps,
+    )
+    given = {name: getattr(chosen, name) for name in ("epochs", "gradient_checkpointing", "learning_rate")}
+    return Options(recipe, **given, save_steps=chosen.save_steps, seed=chosen.seed)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Run the chosen command."""
+    from course.model_folder import model_folder
+    from finetune import chat, checkpoint, train
+
+    if chosen.command == "train":
+        train.train(options_of(chosen))
+    elif chosen.command == "chat":
+        chat.chat(chosen.load_in_4bit, chosen.history)
+    elif chosen.command == "plan":
+        course = utils.settings()
+        there = (course.output / "tokens" / "made_from.json").is_file()
+        if not there:
+            print(say("No tokens of notebook 04 yet: planned for 3,729 rows of 61 tokens, a third of them labels."))
+        print(train.make_plan(options_of(chosen), train.tokenized(course) if there else None).text())
+    else:
+        course = utils.settings()
+        adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
+        count = checkpoint.merge(model_folder(course), adapter, Path(chosen.folder))
+        message = "{count:,} tensors changed; the checkpoint is in {folder}"
+        print(say(message, count=count, folder=utils.shown(chosen.folder)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; a foreseeable mistake ends in one message and status 1."""
+    chosen = parser().parse_args(arguments)
+    if chosen.output_dir:
+        os.environ["COURSE_OUTPUT"] = str(Path(chosen.output_dir).absolute())
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # packed rows differ in length
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for harmless in ("(rank|alpha)_pattern keys", "`is_gradient_checkpointing` is deprecated", "'pin_memory' argument"):
+        warnings.filterwarnings("ignore", message=f".*{harmless}")
+    try:
+        utils.start()  # before torch is imported
+        run(chosen)
+    except utils.CourseError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 1
+    finally:
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

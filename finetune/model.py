@@ -1,0 +1,70 @@
+"""Loading the model for training or answering: on a processor, one GPU (bf16 or 4 bits), or several processes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, Glm4MoeForCausalLM
+
+from finetune import checkpoint, packing, parallel, quantize  # noqa: F401 (packing registers its attention)
+from finetune.config import mtp_layer_prefix
+from finetune.experts import GroupedExperts
+
+
+class Glm4Moe(Glm4MoeForCausalLM):
+    """The model without its MTP layer, which the checkpoint holds and training does not use."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._keys_to_ignore_on_load_unexpected = {re.escape(mtp_layer_prefix(config))}
+
+
+class GroupedGlm4Moe(Glm4Moe):
+    """The same with experts that compute an adapter's update as grouped products."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers[config.first_k_dense_replace :]:
+            layer.mlp.experts = GroupedExperts(config)
+
+
+def load_model(folder: Path, load_in_4bit: bool = False, attention: str = "packed", grouped: bool = True) -> Glm4Moe:
+    """The model, ready for an adapter, in bounded host memory: shards are mapped and go to their device at once.
+
+    On a CPU it is float32. On one GPU bf16, or with `load_in_4bit` packed while it is read. Started by `torchrun` on
+    several GPUs, each process keeps whole experts of its own, to which the others send their tokens (expert
+    parallelism), and its share of all other weights (FSDP2), both by transformers; 4-bit weights are small enough
+    that each process keeps all of them.
+
+    Args:
+        attention: `packed` for batches of `PackedRows`, else a name that transformers knows.
+        grouped: experts of `GroupedGlm4Moe`; without it transformers' own, whose adapter peft adds to the weights.
+
+    Raises:
+        CourseError: missing or damaged shards, or more processes than experts to share out.
+    """
+    checkpoint.check_shards(folder)
+    config = AutoConfig.from_pretrained(folder)
+    processes, gpu = parallel.launched().processes, torch.cuda.is_available()
+    how: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.bfloat16 if gpu else torch.float32}
+    if not grouped and not load_in_4bit:
+        how["experts_implementation"] = "grouped_mm"
+    if load_in_4bit:
+        how["quantization_config"] = quantize.FourBit(bnb_4bit_compute_dtype=how["dtype"])
+        how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if gpu else "cpu"}
+    elif processes > 1:
+        from transformers.distributed import DistributedConfig
+
+        share = parallel.require_expert_share(config, processes)
+        how["distributed_config"] = DistributedConfig(
+            fsdp_size=processes, ep_size=share, ep_implementation=parallel.ALL_GATHER
+        )
+    elif gpu:
+        how["device_map"] = "auto"
+    model = (GroupedGlm4Moe if grouped or load_in_4bit else Glm4Moe).from_pretrained(folder, **how)
+    model.config.use_cache = False  # training reads each row once
+    return model

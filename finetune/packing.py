@@ -1,0 +1,107 @@
+"""Packed rows: the samples of a batch end to end in one row, without padding, and attention that keeps them apart."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.data.data_collator import DataCollatorWithFlattening
+
+from course.language import say
+from utils import CourseError
+
+
+class PackedRows(DataCollatorWithFlattening):
+    """The samples of a batch end to end in one row, with what the model needs to keep them apart.
+
+    Adds to transformers' collator: logits are computed only where a label is (151,552 numbers for each position
+    saved), and the labels come already shifted to the position that predicts them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(return_flash_attn_kwargs=True)
+
+    def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """[{input_ids, labels}, ...] -> input_ids, labels, position_ids (1, tokens); the kept positions and their
+        labels (kept,); where samples begin (samples + 1,).
+        """
+        samples = [{key: sample[key] for key in ("input_ids", "labels")} for sample in features]
+        batch = super().__call__(samples, *args, **kwargs)
+        # Position t predicts label t + 1. The last one predicts nothing.
+        predicts = torch.nonzero(batch["labels"][0, 1:] != -100).squeeze(1)
+        batch["logits_to_keep"] = predicts
+        batch["shift_labels"] = batch["labels"][0, predicts + 1]
+        return batch
+
+
+def pad_to(batch: dict[str, Any], length: int) -> dict[str, Any]:
+    """A packed batch with one sample more, without labels, that fills the row up to `length` tokens.
+
+    Processes that exchange tokens need rows of the same length. The added sample is kept apart as every other, so it
+    changes neither loss nor gradients.
+    """
+    more = length - batch["input_ids"].shape[1]
+    if more <= 0:
+        return batch
+    ids = batch["input_ids"]
+    end = torch.full((1,), length, dtype=batch["cu_seq_lens_q"].dtype, device=ids.device)
+    positions = torch.arange(more, device=ids.device, dtype=batch["position_ids"].dtype)[None]
+    added = {
+        "input_ids": F.pad(ids, (0, more)),
+        "labels": F.pad(batch["labels"], (0, more), value=-100),
+        "position_ids": torch.cat([batch["position_ids"], positions], dim=1),
+    }
+    for name in ("q", "k"):
+        added[f"cu_seq_lens_{name}"] = torch.cat([batch[f"cu_seq_lens_{name}"], end])
+        added[f"max_length_{name}"] = max(int(batch[f"max_length_{name}"]), more)
+    return batch | {name: value for name, value in added.items() if name in batch}
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sample of a packed row; no mask of tokens x tokens is ever made.
+
+    Args:
+        query: (1, heads, tokens, dim). key, value: (1, key heads, tokens, dim).
+        cu_seq_lens_q: where samples begin and the last one ends, (samples + 1,), int32.
+
+    Returns:
+        (1, tokens, heads, dim), and None for the weights.
+
+    Raises:
+        CourseError: the batch does not say where its samples begin.
+    """
+    if cu_seq_lens_q is None:
+        raise CourseError(
+            say("Packed attention got a batch that PackedRows did not make. Use it, or attention 'sdpa'.")
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn  # flash attention, which knows no CPU and no float32
+
+        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **how)
+    else:
+        parts = [
+            F.scaled_dot_product_attention(
+                *(x[start:end].transpose(0, 1) for x in (q, k, v)), is_causal=True, scale=scaling, enable_gqa=True
+            )
+            for start, end in pairwise(cu_seq_lens_q.tolist())
+        ]
+        out = torch.cat(parts, dim=1).transpose(0, 1)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register("packed", packed_attention)
