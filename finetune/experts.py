@@ -1,7 +1,7 @@
 """The routed experts of a layer with LoRA: tokens permuted by expert, grouped products, tokens unpermuted.
 
 peft adds the full-size update `B A` to a layer's experts in every forward pass: 1.5 billion numbers for one fused
-tensor of GLM-4.5-Air. Here `W x + s B (A x)` is computed instead, for all experts of a layer in one grouped product each.
+tensor of GLM-4.5-Air. Here `W x + s B (A x)` is computed instead, in one grouped product for all experts of a layer.
 `tests/test_engine.py` holds the result to peft's. Knows nothing of how adapters are saved, or of the rest of the model.
 """
 

@@ -45,7 +45,7 @@ class Options:
 
 
 def completed(options: Options, config: Any, rows: int) -> planner.Recipe:
-    """The recipe with what depends on the model and the rows: at least 60 steps, and checkpointing for a large model."""
+    """The recipe with what depends on model and rows: at least 60 steps, and checkpointing for a large model."""
     checkpointing = options.gradient_checkpointing
     return replace(
         options.recipe,

@@ -723,8 +723,8 @@ def read_shards(folder):
 def as_float32(folder, out):
     """A copy of the checkpoint in float32."""
     shutil.copytree(folder, out)
-    for name, tensors in read_shards(folder).items():
-        save_file({key: tensor.float() for key, tensor in tensors.items()}, out / name, {"format": "pt"})
+    for name, shard in read_shards(folder).items():
+        save_file({key: tensor.float() for key, tensor in shard.items()}, out / name, {"format": "pt"})
     config = AutoConfig.from_pretrained(folder)
     config.dtype = torch.float32
     config.save_pretrained(out)
@@ -783,11 +783,11 @@ def test_the_merged_checkpoint_has_the_originals_layout(real, adapter, tmp_path)
             assert (out / path.name).read_bytes() == path.read_bytes()
     before, after = read_shards(real), read_shards(out)
     same = 0
-    for name, tensors in before.items():
-        assert {k: (t.shape, t.dtype) for k, t in tensors.items()} == {
+    for name, shard in before.items():
+        assert {k: (t.shape, t.dtype) for k, t in shard.items()} == {
             k: (t.shape, t.dtype) for k, t in after[name].items()
         }
-        for key, tensor in tensors.items():
+        for key, tensor in shard.items():
             if ".layers.7." in key:
                 assert torch.equal(tensor, after[name][key])
                 same += 1
