@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from language import say
+from course.language import say
 
 #: The value of a key that stands twice in one object of a data file; JSON readers keep the last one silently.
 TWICE = object()

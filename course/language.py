@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 LANGUAGES = ("en", "zh")
-NOTEBOOKS = Path(__file__).resolve().parent / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 

@@ -1,6 +1,6 @@
 """What the rows of a data file may hold: the forms they come in, their faults, their slips.
 
-`row_files` reads the bytes, `utils.load_rows` puts both together. Knows nothing of folders, settings or tokenizers;
+`row_files` reads the bytes, `rows.load_rows` puts both together. Knows nothing of folders, settings or tokenizers;
 every message says what is wrong and how to put it right.
 """
 
@@ -11,8 +11,9 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-from language import say
-from row_files import TWICE
+from course.language import say
+from course.row_files import TWICE
+from utils import BREAK
 
 FIELDS = ("instruction", "input", "output")
 #: What other files call the question and its answer.
@@ -34,8 +35,6 @@ ROLES = {
 #: Keys of a turn that holds a question and its answer at once.
 PAIRS = (("input", "output"), ("human", "assistant"), ("user", "assistant"), ("query", "response"))
 LONGEST_FIELD = 20_000
-#: A character that Unicode reserves for no text at all; it marks where a special token's spelling is broken up.
-BREAK = "\ufdd0"
 #: What no field may hold: control characters (tab and line ends are welcome), halves of characters, and `BREAK`.
 STRAY = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff{BREAK}]")
 

@@ -1,16 +1,19 @@
-"""Whether a folder holds the model that the course is made for, before it is used: one message for what does not fit.
+"""The folder of a model: where it is, and whether it holds the model that the course is made for.
 
-Reads the small files and the first bytes of the large ones, never the weights.
+Reads the small files and the first bytes of the large ones, never the weights. One message says what does not fit, with
+the file and the fix. Knows nothing of loading or training.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import utils
-from language import say
+from course.language import say
 
 LFS_POINTER = b"version https://git-lfs"
 #: The tokens that end an answer, in this order in `eos_token_id`.
@@ -27,6 +30,70 @@ RENDERED = {
     False: "[gMASK]<sop><|system|>\nS<|user|>\nA/nothink<|assistant|>\n<think></think>\nB<|user|>\nC/nothink"
     "<|assistant|>\n<think></think>",
 }
+
+
+def model_folder(settings: utils.Settings) -> Path:
+    """The folder that holds the weights.
+
+    Raises:
+        CourseError: no model there, a model id that is neither fetched by notebook 02 nor in ModelScope's cache, or a
+            model that `check` refuses.
+    """
+    folder = Path(settings.model)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model):
+            message = "COURSE_MODEL={model}: no folder there, and no model id (owner/name) either."
+            raise utils.CourseError(say(message, model=settings.model))
+        note = settings.output / "hub" / "fetched.json"
+        fetched = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        if settings.model in fetched:
+            folder = settings.output / "hub" / fetched[settings.model]
+        elif not (folder := cached_model(settings.model)):
+            message = (
+                "{model} is not on this machine yet. Run notebook 02_download with internet first, "
+                "or set COURSE_MODEL to the folder that holds the model."
+            )
+            raise utils.CourseError(say(message, model=settings.model))
+    if not (folder / "config.json").is_file():
+        message = "{folder}: no config.json there, so no model. Check COURSE_MODEL or run 02_download."
+        raise utils.CourseError(say(message, folder=utils.shown(folder)))
+    return check(folder)
+
+
+def cached_model(model_id: str) -> Path | None:
+    """The folder of a whole model in ModelScope's own cache (`MODELSCOPE_CACHE`, else its default), if there is one."""
+    from modelscope import snapshot_download
+    from modelscope_hub.errors import HubError
+
+    # Handed over at each call, for the client reads the variable only once.
+    named = os.environ.get("MODELSCOPE_CACHE")
+    cache = Path(named).expanduser() if named else None
+    try:
+        return whole(Path(snapshot_download(model_id, cache_dir=cache, local_files_only=True)))
+    except (HubError, OSError, ValueError, utils.CourseError):  # not there, or not all of it
+        return None
+
+
+def whole(folder: Path) -> Path:
+    """The folder of a model or an adapter, when all of its weights are there as safetensors.
+
+    Raises:
+        CourseError: pointers of Git LFS, no safetensors (a pickle may be there, which can run code when it is loaded
+            and is not read), or fewer shards than the model's index names.
+    """
+    refuse_pointers(folder)
+    if not any(folder.glob("*.safetensors")):
+        message = "{folder}: no *.safetensors there. The course loads no other kind of weights."
+        raise utils.CourseError(say(message, folder=utils.shown(folder)))
+    index = folder / "model.safetensors.index.json"
+    named = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
+    if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
+        message = (
+            "{folder}: its index names weights that are missing: {missing}. Run 02_download again; "
+            "if that does not bring them, the hub lacks them."
+        )
+        raise utils.CourseError(say(message, folder=utils.shown(folder), missing=", ".join(missing)))
+    return folder
 
 
 def pointers(folder: Path) -> list[str]:
@@ -166,7 +233,7 @@ def check(folder: Path) -> Path:
         message = "{folder} is a {kind} model. The course is made for glm4_moe: template, layers, names."
         raise utils.CourseError(say(message, folder=utils.shown(folder), kind=kind))
     refuse_quantised(folder, config)
-    utils.whole(folder)
+    whole(folder)
     check_template(folder)
     check_ends(folder)
     return folder

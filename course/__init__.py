@@ -1,0 +1,1 @@
+"""What the notebooks show and ask for: plots, widgets, a local hub, rows, the record in SwanLab, the language."""

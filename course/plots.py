@@ -1,0 +1,195 @@
+"""The plots of the course, each with a text that says the same.
+
+Knows matplotlib and the style of the course. Takes numbers and texts, and knows nothing of where they come from.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import utils
+from course.language import say
+from course.widgets import token_boxes
+
+#: Okabe and Ito's, told apart by colour-blind eyes; a marker, a kind of line or a word says the same each time.
+BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+
+
+@cache
+def pyplot() -> Any:
+    """Matplotlib's pyplot in the style of the course, once for each process.
+
+    Chinese is drawn with the course's own font, what it lacks with matplotlib's, and the rest with the machine's.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import font_manager
+
+    font_manager.fontManager.addfont(utils.ROOT / "images" / "fonts" / "HuanhuanHei.otf")
+    there = font_manager.get_font_names()  # a family that is not there would be warned of
+    machine = [name for name in ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC") if name in there]
+    plt.rcParams.update(
+        {
+            "font.family": ["Huanhuan Hei", "DejaVu Sans", *machine],
+            "axes.prop_cycle": plt.cycler(
+                color=[BLUE, RED, GREEN, PURPLE, BLACK], linestyle=["-", "--", "-.", ":", (0, (1, 3))]
+            ),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.alpha": 0.3,
+        }
+    )
+    return plt
+
+
+def picture(figure: Any, alt: str) -> utils.Shown:
+    """A matplotlib figure as an image with `alt` both as its alt text and as its caption; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight", facecolor="white")
+    pyplot().close(figure)
+    png = buffer.getvalue()
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
+    return utils.Shown(f"<figure>{image}<figcaption>{utils.in_html(alt)}</figcaption></figure>", alt, png)
+
+
+def axes(columns: int = 1, width: float = 7.0, height: float = 2.8) -> tuple[Any, list[Any]]:
+    """A figure and its axes side by side, in the style of the course."""
+    figure, grid = pyplot().subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    return figure, list(grid[0])
+
+
+def mask_picture(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> utils.Shown:
+    """The mask of a sample as a picture, for a record that holds no HTML: trained tokens on blue with ●."""
+    rows, used = [[]], 0
+    for text, _, trained in token_boxes(tokenizer, ids, labels):
+        columns = 3 + utils.columns(text)
+        if used + columns > 72:
+            rows, used = [*rows, []], 0
+        rows[-1].append((used, f"{'●' if trained else '○'} {text}", trained))
+        used += columns
+    figure, (plot,) = axes(height=0.4 * len(rows) + 0.2)
+    plot.set(xlim=(0, 72), ylim=(len(rows) - 0.5, -0.5))
+    plot.set_axis_off()
+    for line, row in enumerate(rows):
+        for left, text, trained in row:
+            box = {"facecolor": "#bcdcff" if trained else "white", "edgecolor": "#0b4f9c" if trained else "#888888"}
+            plot.text(left, line, text.replace("$", r"\$"), fontsize=9, va="center", bbox={"boxstyle": "square", **box})
+    count = sum(label != -100 for label in labels)
+    message = "Mask of a sample: ● {count} of {all} tokens are trained, ○ the others are read only."
+    return picture(figure, say(message, count=count, all=len(ids)))
+
+
+def length_picture(lengths: Sequence[int], limit: int) -> utils.Shown:
+    """How long the samples are, in tokens."""
+    figure, (plot,) = axes()
+    plot.hist(lengths, bins=30, color=BLUE, edgecolor="white")
+    title = say("Sample lengths (limit {limit})", limit=limit)
+    plot.set(xlabel=say("tokens"), ylabel=say("samples"), title=title)
+    middle = sorted(lengths)[len(lengths) // 2]
+    message = "Histogram: {count} samples of {least} to {most} tokens, median {middle}."
+    alt = say(message, count=len(lengths), least=min(lengths), most=max(lengths), middle=middle)
+    return picture(figure, alt)
+
+
+def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> utils.Shown:
+    """For each way to split, how similar (0 to 100) a held-out question is to the nearest training question."""
+    figure, plots = axes(len(nearest))
+    said = []
+    for plot, (name, values) in zip(plots, nearest.items(), strict=True):
+        plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
+        plot.axvline(limit, color=RED, linestyle="--")
+        plot.set(title=say(name), xlabel=say("similarity"), ylabel=say("held-out questions"))
+        message = "{name}: {near} of {count} at {limit:.0f} or more"
+        near = sum(v >= limit for v in values)
+        said.append(say(message, name=say(name), near=near, count=len(values), limit=limit))
+    message = "Similarity of held-out to nearest kept questions. {panels} (dashed line)."
+    return picture(figure, say(message, panels=say("; ").join(said)))
+
+
+def share_picture(groups: dict[str, dict[str, int]]) -> utils.Shown:
+    """Bars of the trainable parameters of each group, one panel a model."""
+    figure, plots = axes(len(groups))
+    said = []
+    for plot, (name, counts) in zip(plots, groups.items(), strict=True):
+        total = sum(counts.values())
+        bars = plot.barh(list(map(say, counts)), [100 * count / total for count in counts.values()], color=BLUE)
+        plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
+        plot.set(title=say(name), xlabel=say("% of the adapter"), xlim=(0, 150))
+        plot.invert_yaxis()
+        shares = say(", ").join(f"{say(group)} {count / total:.1%}" for group, count in counts.items())
+        said.append(say("{title}: {shares}", title=say(name), shares=shares))
+    return picture(figure, say("Trainable parameters by group. {panels}.", panels=say("; ").join(said)))
+
+
+def moved_picture(sizes: dict[str, dict[int, float]]) -> utils.Shown:
+    """The size of each `lora_B` (root mean square), by layer; one marker a module."""
+    figure, (plot,) = axes(height=3.4)
+    for (name, by_layer), marker in zip(sizes.items(), "os^vDP*X<>dhp", strict=False):
+        plot.plot(list(by_layer), list(by_layer.values()), marker, label=name, alpha=0.8)
+    title, size = say("Did every adapter move?"), say("root mean square of lora_B")
+    plot.set(xlabel=say("layer"), ylabel=size, title=title, ylim=(0, None))
+    plot.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    every = [value for by_layer in sizes.values() for value in by_layer.values()]
+    still = sum(value == 0 for value in every)
+    message = "{count} matrices lora_B; {still} stand at zero; sizes from {least:.4f} to {most:.4f}."
+    return picture(figure, say(message, count=len(every), still=still, least=min(every), most=max(every)))
+
+
+def loss_picture(history: Sequence[dict[str, float]]) -> utils.Shown:
+    """Training loss (line) and every held-out loss (dashed, each with a marker of its own) of a `Trainer`'s log."""
+    curves: dict[str, dict[int, float]] = {"training": {}}
+    for row in history:
+        for key, value in row.items():
+            if key == "loss":
+                curves["training"][row["step"]] = value
+            elif held_out := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
+                name = (held_out[1] or "held-out").replace("_", " ")
+                curves.setdefault(name, {})[row["step"]] = value
+    curves = {name: curve for name, curve in curves.items() if curve}
+    figure, (plot,) = axes(height=3.2)
+    looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
+    said = []
+    for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, BLACK), strict=False):
+        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=say(name))
+        first, last = min(curve), max(curve)
+        message = "{name} from {start:.2f} at step {first} to {end:.2f} at step {last}"
+        said.append(say(message, name=say(name), start=curve[first], first=first, end=curve[last], last=last))
+    plot.set(xlabel=say("step"), ylabel=say("nats a token"), title=say("Loss while training"), ylim=(0, None))
+    plot.grid()
+    if curves:
+        plot.legend()
+    return picture(figure, say("Loss: {curves}.", curves=say("; ").join(said) or say("nothing yet")))
+
+
+def routing_picture(shares: dict[str, Any], first_layer: int) -> utils.Shown:
+    """Heat maps of the share of tokens (in %) that each layer sends to each expert; the figures stand in the cells.
+
+    Args:
+        shares: title to an array of shape (layers, experts) whose rows sum to 1.
+        first_layer: the number of the first layer that has experts.
+    """
+    figure, plots = axes(len(shares), width=3.6 * len(shares), height=3.4)
+    top = max(float(array.max()) for array in shares.values())
+    said = []
+    for plot, (title, array) in zip(plots, shares.items(), strict=True):
+        image = plot.imshow(100 * array, cmap="Blues", vmin=0, vmax=100 * top, aspect="auto")
+        plot.set(title=say(title), xlabel=say("expert"), ylabel=say("layer"))
+        some = range(0, len(array), -(-len(array) // 12))
+        plot.set_yticks(some, [first_layer + i for i in some])
+        if array.size <= 200:  # with 128 experts the figures would cover the picture
+            for i, row in enumerate(array):
+                for j, value in enumerate(row):
+                    ink = "white" if value > 0.72 * top else "black"
+                    plot.text(j, i, f"{value:.0%}"[:-1], ha="center", va="center", fontsize=8, color=ink)
+        elif plot is plots[-1]:
+            figure.colorbar(image, label=say("% of a layer's tokens"))
+        busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
+        message = "{title}: most used is expert {expert} of layer {layer}, {share:.0%}"
+        layer = first_layer + busiest[0]
+        said.append(say(message, title=say(title), expert=busiest[1], layer=layer, share=array.max()))
+    return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels=say("; ").join(said)))

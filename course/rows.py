@@ -1,0 +1,59 @@
+"""The rows of a data file, read and checked: `row_files` reads the bytes, `row_checks` says what a row must hold.
+
+Knows how both are put together and what is said about a file. Knows nothing of tokenizers or training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import utils
+from course.language import say
+from course.row_checks import FIELDS, one_form
+from course.row_files import read_rows
+
+
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a data file in any of the forms that `row_files` and `row_checks` know, every one checked.
+
+    Returns:
+        A list of objects with the three `FIELDS`, all text. Only where a row has them, also `system`, a text, and
+        `history`, the turns before its question as {"role", "content"}. Further fields are dropped. A line says so, and
+        how the file was read if not as a list of such rows.
+
+    Raises:
+        CourseError: no file, no text, an encoding in doubt, not well formed, no rows, or bad ones. One message names
+            the file, each bad row (counted from 1; ten at most) and the fix.
+    """
+    name = utils.shown(path)
+    if not path.is_file():
+        what = say("a folder, not a file") if path.is_dir() else say("no such file")
+        message = "{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json."
+        raise utils.CourseError(say(message, name=name, what=what))
+    try:
+        read = read_rows(path.read_bytes(), path.name)
+    except OSError as error:
+        message = "{name}: cannot be read ({reason}). Check its permissions."
+        raise utils.CourseError(say(message, name=name, reason=error.strerror)) from None
+    except ValueError as error:
+        raise utils.CourseError(f"{name}: {error}") from None
+    print(*(f"{name}: {line}\n" for line in read.said), sep="", end="")
+    seen: Counter[tuple[str, str]] = Counter()
+    rows, bad = [], []
+    for number, row in enumerate(read.rows, 1):
+        made, problems = one_form(row, seen)
+        rows.append(made)
+        bad += [say("row {number} {problem}", number=number, problem=problem) for problem in problems]
+    if bad:
+        message = say("{name}: {count} problems, nothing was trained.", name=name, count=len(bad))
+        more = [say("... and {count} more", count=len(bad) - 10)] if len(bad) > 10 else []
+        raise utils.CourseError("\n  ".join([message, *bad[:10], *more]))
+    for (key, field_name), count in seen.items():
+        message = "{name}: {key!r} is read as {field!r} (in {count} of {rows} rows)."
+        if field_name == "unused":
+            message = "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are."
+        holes = {"field": field_name, "fields": ", ".join(FIELDS)}
+        print(say(message, name=name, key=key[:30], count=count, rows=len(rows), **holes))
+    return rows

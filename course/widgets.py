@@ -1,0 +1,160 @@
+"""What a cell shows beside text and plots: a sample with its mask, progress bars, the chat.
+
+Knows Jupyter's display and ipywidgets. Knows nothing of models: the chat asks a function of the notebook.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import utils
+from course.language import gloss, glossed, say, translated
+
+
+def token_boxes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, int, bool]]:
+    """What stands in each box of a mask: its text, its number of tokens, and whether they are trained.
+
+    Tokens that only together make a character (its bytes) share a box.
+
+    Raises:
+        ValueError: `ids` and `labels` differ in length.
+    """
+    if len(ids) != len(labels):
+        raise ValueError(f"{len(ids)} ids but {len(labels)} labels: a label belongs to each token")
+    boxes, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        if "\ufffd" not in text or end - start > 6 or end == len(ids):
+            boxes.append((text.replace("\n", "⏎"), end - start, labels[end - 1] != -100))
+            start = end
+    return boxes
+
+
+def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> utils.Shown:
+    """A sample token by token: trained ones on blue with ●, read ones on white with ○; the twin divides tokens by │."""
+    boxes = token_boxes(tokenizer, ids, labels)
+    style = "display:inline-block;margin:2px;padding:1px 4px;border:1px solid #888;color:#000;background:"
+    parts = []
+    for text, count, trained in boxes:
+        sign, colour = ("●", "#bcdcff;border-bottom:4px solid #0b4f9c") if trained else ("○", "#fff")
+        many = f"<sub>{say('{count} tokens', count=count)}</sub>" if count > 1 else ""
+        parts.append(f'<span style="{style}{colour}">{sign} {utils.in_html(text)}{many}</span>')
+    count = sum(label != -100 for label in labels)
+    message = "● trained: {trained} tokens &nbsp; ○ read only: {read} tokens"
+    key = say(message, trained=count, read=len(ids) - count)
+    lines = []
+    for position, (text, many, trained) in enumerate(boxes):
+        if position == 0 or trained != boxes[position - 1][2]:
+            lines.append(say("trained ● │") if trained else say("read    ○ │"))
+        lines[-1] += text + (f"({many})" if many > 1 else "") + "│"
+    summary = say("{count} of {all} tokens are trained", count=count, all=len(ids))
+    return utils.Shown(f"<div>{key}</div><div>{''.join(parts)}</div>", "\n".join([*lines, summary]))
+
+
+def _bar(done: int, count: int, what: str, begun: float) -> utils.Shown:
+    """How far it is; the text is always the same, so that a stored output does not depend on the speed."""
+    seconds = (time.monotonic() - begun) / max(done, 1) * (count - done)
+    message, what = "{what}: {done} of {count}", translated(what)
+    if 0 < done < count:
+        message = "{what}: {done} of {count}, about {seconds:.0f} s left"
+    text = say(message, what=what, done=done, count=count, seconds=seconds)
+    bar = f'<progress value="{done}" max="{count}" aria-label="{what}"></progress> {text}'
+    return utils.Shown(f"<div>{bar}</div>", f"{what}: {count}")
+
+
+def progress(items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The items one by one, under a bar with the time left."""
+    from IPython.display import display
+
+    begun = time.monotonic()
+    shown = display(_bar(0, len(items), what, begun), display_id=True)
+    for done, item in enumerate(items, 1):
+        yield item
+        shown.update(_bar(done, len(items), what, begun))
+
+
+def watched(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command as `subprocess.run` does, under a bar that follows its lines of the form `step 3/12`."""
+    from IPython.display import display
+
+    def bar(done: int, count: int) -> utils.Shown:
+        drawn = _bar(done, count, "steps", begun)
+        return utils.Shown(drawn.html, drawn.text.partition(":")[0])  # how many steps is not known at the beginning
+
+    begun, lines = time.monotonic(), []
+    shown = display(bar(0, 1), display_id=True)
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            for line in process.stdout:
+                lines.append(line)
+                if step := re.match(r"step (\d+)/(\d+)", line):
+                    shown.update(bar(int(step[1]), int(step[2])))
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors.read())
+
+
+def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callable[[list[dict[str, str]]], str]) -> Any:
+    """A chat with base and adapter side by side, and the text that the template makes of the conversation on demand.
+
+    Args:
+        reply: takes "base" or "adapter" and the turns so far (`role`, `content`), returns the answer.
+        template: takes the turns, returns the prompt as the model reads it.
+
+    Questions and answers go into text areas only, which show markup as text and execute none of it.
+    """
+    import ipywidgets as widgets
+
+    wide = widgets.Layout(width="auto")
+    question = widgets.Text(placeholder="你是谁？", description=say("Question"), layout=widgets.Layout(width="60%"))
+    ask = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
+    keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=False)
+    show = widgets.Checkbox(description=say("show the template's text"), indent=False, value=False)
+    prompt = widgets.Textarea(
+        rows=8, tooltip=say("what the adapter reads"), layout=widgets.Layout(width="auto", display="none")
+    )
+    heads = {"base": say("base"), "adapter": say("adapter")}
+    columns = {
+        name: widgets.VBox([widgets.Label(head)], layout=widgets.Layout(width="50%")) for name, head in heads.items()
+    }
+    turns: dict[str, list[dict[str, str]]] = {name: [] for name in columns}
+
+    def meant(text: str) -> str:
+        return glossed(text) if gloss(text) else text  # most of what is typed here has no gloss
+
+    def answer(_: Any) -> None:
+        asked = question.value.strip() or question.placeholder
+        ask.disabled = True
+        for name, column in columns.items():
+            turns[name] = [*(turns[name] if keep.value else []), {"role": "user", "content": asked}]
+            if name == "adapter":
+                prompt.value = template(turns[name])
+            try:
+                said = reply(name, turns[name])
+                turns[name].append({"role": "assistant", "content": said})
+            except Exception as error:  # a widget's callback has no cell to show an error in
+                said, turns[name] = f"{type(error).__name__}: {error}", []
+            text = f"{say('Q: {question}', question=meant(asked))}\n{meant(said)}"
+            rows = 1 + sum(
+                1 + utils.columns(line) // 50 for line in text.splitlines()
+            )  # Chinese lines are the taller ones
+            tooltip = say("answer of the {name}", name=heads[name])
+            turn = widgets.Textarea(text, rows=min(12, rows), layout=wide, tooltip=tooltip)
+            column.children = (column.children[0], turn, *column.children[1:])
+        ask.disabled = False
+        question.value = ""
+
+    def unfold(change: dict[str, Any]) -> None:
+        prompt.layout.display = "" if change["new"] else "none"
+
+    ask.on_click(answer)
+    question.on_msg(lambda _, message, __: answer(None) if message.get("event") == "submit" else None)  # the Enter key
+    show.observe(unfold, "value")
+    return widgets.VBox(
+        [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
+    )
