@@ -6,10 +6,9 @@ import subprocess
 import sys
 
 import nbformat
+import planner
 import pytest
 from conftest import ROOT
-
-import planner
 
 MEASURED = ROOT / "benchmarks" / "measured.jsonl"
 

@@ -5,14 +5,14 @@ import json
 import re
 from types import SimpleNamespace
 
+import full_size
 import messages
+import planner
 import pytest
+import runs
 import workshop
 from conftest import ROOT
 
-import full_size
-import planner
-import runs
 import utils
 
 TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

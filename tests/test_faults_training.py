@@ -19,10 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import runs
 from test_training import run_notebook
 from training_process import ROOT, Run, cells, run_cells, run_script
 
-import runs
 import utils
 
 AREA = "training"
@@ -580,9 +580,8 @@ def swanlab_cloud(how):
 def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(
     cell, monkeypatch, capsys, tmp_path, fault, how, injected, said
 ):
-    from swanlab.integration.transformers import SwanLabCallback  # noqa: F401  importing is not waiting
-
     import train
+    from swanlab.integration.transformers import SwanLabCallback  # noqa: F401  importing is not waiting
 
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     course = dataclasses.replace(utils.settings(), swanlab_mode="online", output=tmp_path)

@@ -9,11 +9,11 @@ import sys
 from xml.etree import ElementTree
 
 import matplotlib.font_manager
+import planner
 import pytest
 import secret_scan
 from conftest import ROOT
 
-import planner
 import utils
 
 IMAGES = ROOT / "images"

@@ -4,11 +4,10 @@ import importlib.util
 import json
 from collections import defaultdict
 
+import full_size
 import nbformat
 import pytest
 from conftest import ROOT
-
-import full_size
 
 SPEC = importlib.util.spec_from_file_location("sweep", ROOT / "benchmarks" / "sweep.py")
 sweep = importlib.util.module_from_spec(SPEC)

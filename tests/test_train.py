@@ -8,17 +8,17 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import full_size
 import nbformat
+import planner
 import pytest
 import torch
+import train
 from conftest import ROOT
 from datasets import load_from_disk
 from nbclient import NotebookClient
 from safetensors.torch import load_file
 
-import full_size
-import planner
-import train
 import utils
 
 EPOCHS, STEPS = 3, 9  # 44 rows: two steps of 16 and one of 12 in each epoch
