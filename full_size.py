@@ -37,7 +37,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 import planner
-from language import say
+from course.language import say
 from utils import CourseError, shown
 
 EXPERTS = ("gate_up_proj", "down_proj")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import Glm4MoeConfig
 
-from language import say
+from course.language import say
 from utils import CourseError
 
 GIB = 2**30

@@ -24,7 +24,12 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # packed rows differ in length
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import utils  # before torch: it bounds how long waiting threads spin
+import utils
+
+if __name__ == "__main__":
+    utils.prepare()  # before torch: it bounds how long waiting threads spin
+from course import swanlab_record
+from course.model_folder import model_folder
 
 # isort: split
 import torch
@@ -36,7 +41,7 @@ from transformers.utils import logging
 import full_size
 import planner
 import runs
-from language import say
+from course.language import say
 
 for harmless in ("(rank|alpha)_pattern keys", "`is_gradient_checkpointing` is deprecated", "'pin_memory' argument"):
     warnings.filterwarnings("ignore", message=f".*{harmless}")
@@ -72,7 +77,7 @@ def made_plan(chosen: argparse.Namespace, parts: dict[str, Any] | None = None) -
     """
     course = utils.settings()
     on_disk = Path(course.model).is_dir() or course.model != "ZhipuAI/GLM-4.5-Air"
-    config = AutoConfig.from_pretrained(utils.model_folder(course)) if on_disk else planner.AIR
+    config = AutoConfig.from_pretrained(model_folder(course)) if on_disk else planner.AIR
     sizes = None
     if parts:
         held_out = {name: part for name, part in parts.items() if name != "train"}
@@ -142,10 +147,10 @@ def swanlab_callback(course: utils.Settings, settings: dict[str, Any]) -> list[A
     """SwanLab's callback, in the first process alone; a cloud that does not answer or refuses the key: locally."""
     if course.swanlab_mode == "disabled" or full_size.own_rank():
         return []
-    mode = runs.recording_mode(course)
+    mode = swanlab_record.recording_mode(course)
     from swanlab.integration.transformers import SwanLabCallback
 
-    folder = str(runs.log_folder(course.output / "swanlab"))
+    folder = str(swanlab_record.log_folder(course.output / "swanlab"))
     callback = SwanLabCallback(project="glm-4.5-air-lora", experiment_name="huanhuan", mode=mode, log_dir=folder)
     callback.update_config(settings)
     return [callback]
@@ -162,7 +167,7 @@ def train(chosen: argparse.Namespace) -> Trainer:
             cannot be shared out evenly.
     """
     course, rank = utils.settings(), full_size.own_rank()
-    folder, run_folder = utils.model_folder(course), course.output / "lora"
+    folder, run_folder = model_folder(course), course.output / "lora"
     share = full_size.ranks() * chosen.passes
     if chosen.samples % share:
         message = (
@@ -293,7 +298,7 @@ def main() -> int:
         elif chosen.merge:
             course = utils.settings()
             adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
-            count = full_size.merge(utils.model_folder(course), adapter, Path(chosen.merge))
+            count = full_size.merge(model_folder(course), adapter, Path(chosen.merge))
             message = "{count:,} tensors changed; the checkpoint is in {folder}"
             print(say(message, count=count, folder=utils.shown(chosen.merge)))
         else:
