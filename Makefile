@@ -8,6 +8,8 @@ WORKERS ?= 2
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CHROMIUM ?= chromium
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
+# Threads of torch that wait sleep soon: two kernels on the same two cores slowed each other tenfold without it.
+export GOMP_SPINCOUNT ?= 300
 # JupyterLab refuses to start as root (rented GPUs, containers) without this option.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 # Jupyter and other libraries make files below HOME.
@@ -42,7 +44,7 @@ run: setup
 # More options for JupyterLab:  make lab LAB_ARGS="--no-browser --port=8890"
 lab: setup
 	@$(if $(ALLOW_ROOT),echo "You are root: JupyterLab gets --allow-root. It asks for its token and listens on 127.0.0.1 as for every user.")
-	@PYTHONSTARTUP="$(CURDIR)/startup.py" JUPYTER_CONFIG_PATH="$(CURDIR)/deploy/jupyter" $(BIN)/python -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=. $(ALLOW_ROOT) $(LAB_ARGS) notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
+	@PYTHONSTARTUP="$(CURDIR)/course/startup.py" JUPYTER_CONFIG_PATH="$(CURDIR)/deploy/jupyter" $(BIN)/python -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=. $(ALLOW_ROOT) $(LAB_ARGS) notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
 	@folder="$$($(BIN)/python -c 'import utils; print(utils.settings().output)')" \

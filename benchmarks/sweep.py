@@ -28,6 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils
+from course.model_folder import model_folder
+from course.rows import load_rows
 
 RESULTS = ROOT / "benchmarks" / "sweep.jsonl"
 BATCH, EPOCHS, WARMUP = 16, 3, 0.05
@@ -42,7 +44,7 @@ def samples_of(course: utils.Settings, tokenizer: Any) -> dict[str, list[dict[st
     system = json.loads((tokens / "prompt.json").read_text(encoding="utf-8"))["system"]
     end = tokenizer.convert_tokens_to_ids("<|user|>")
     parts["test"] = []
-    for row in utils.load_rows(ROOT / "dataset" / "heldout.json"):
+    for row in load_rows(ROOT / "dataset" / "heldout.json"):
         turns = [{"role": "system", "content": system}, {"role": "user", "content": row["instruction"] + row["input"]}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         prompt = utils.encode(tokenizer, text)
@@ -95,7 +97,7 @@ def one_run(alpha: int, rate: float, seed: int, rank: int = 8) -> dict[str, Any]
     from finetune.lora import lora_config
 
     course, device = utils.settings(), "cuda" if torch.cuda.is_available() else "cpu"
-    folder = utils.model_folder(course)
+    folder = model_folder(course)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = samples_of(course, tokenizer)
     set_seed(seed)

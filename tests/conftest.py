@@ -17,9 +17,9 @@ pytest_plugins = ["fault_table"]
 @pytest.fixture(scope="session", autouse=True)
 def around_proxies():
     """Servers of the tests listen on this machine, whatever proxy it has."""
-    import utils
+    from course import download
 
-    with utils.around_proxies():
+    with download.around_proxies():
         yield
 
 

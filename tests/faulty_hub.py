@@ -1,4 +1,4 @@
-"""A hub that fails on request: `utils.LocalHub` with faults, for tests of what the real client makes of them."""
+"""A hub that fails on request: `LocalHub` with faults, for tests of what the real client makes of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import utils
+from course.hub import LocalHub
 
 #: In place of a file's name: the listing itself.
 LISTING = "listing"
@@ -22,7 +22,7 @@ ALWAYS = 1000
 
 
 @dataclass
-class FaultyHub(utils.LocalHub):
+class FaultyHub(LocalHub):
     """Serves as `LocalHub` does, except for the faults that were asked for.
 
     Attributes:

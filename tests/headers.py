@@ -24,7 +24,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
-from language import LANGUAGES, say_in  # noqa: E402
+from course.language import LANGUAGES, say_in  # noqa: E402
 
 #: Which notebook must have run before. The notebooks check it themselves; a test compares.
 NEEDS = {

@@ -26,7 +26,7 @@ from traitlets import Type
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
-from language import say  # noqa: E402
+from course.language import say  # noqa: E402
 
 SLICE_SECONDS = 1.0
 #: After so long, and twice as long, and so on, a line says which cell is waited for.

@@ -38,13 +38,25 @@ MADE = {"header", "footer"}  # tags of the cells that headers.py writes
 #: The modules whose functions speak to a learner.
 HELPERS = (
     "utils.py",
-    "row_files.py",
-    "row_checks.py",
+    "course/download.py",
+    "course/model_folder.py",
+    "course/plots.py",
+    "course/row_checks.py",
+    "course/row_files.py",
+    "course/rows.py",
+    "course/swanlab_record.py",
+    "course/widgets.py",
     "runs.py",
+<<<<<<< HEAD
     "finetune/planner.py",
     "finetune/model.py",
     "finetune/train.py",
     "model_check.py",
+=======
+    "planner.py",
+    "full_size.py",
+    "train.py",
+>>>>>>> house-course
     "tests/run_series.py",
     "tests/headless.py",
 )
@@ -104,8 +116,16 @@ def speaking(notebook: nbformat.NotebookNode) -> set[str]:
         bare, of_helpers = names_in(node)
         return bare | ({"a helper"} if of_helpers & helpers() else set())
 
+    by_name = {
+        alias.asname or alias.name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[-1] in MODULES
+        for alias in node.names
+        if alias.name in helpers()
+    }
     defined = {node.name: through(node) for tree in trees.values() for node in definitions(tree)}
-    found = spread(defined, {"a helper"})
+    found = spread(defined, {"a helper"} | by_name)
     return {name for name, tree in trees.items() if through(tree) & found}
 
 

@@ -17,8 +17,8 @@ from string import Formatter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLE = "‹›"
-MODULES = ("utils.py", "row_files.py", "row_checks.py", "runs.py", "planner.py", "full_size.py", "train.py")
-MODULES += ("model_check.py", "tests/headless.py")
+MODULES = ("utils.py", "runs.py", "planner.py", "full_size.py", "train.py", "tests/headless.py")
+MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
 SPEAKING = {
     "_download_advice",

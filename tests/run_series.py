@@ -28,7 +28,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
-from language import current, glossed, say  # noqa: E402
+from course.language import current, glossed, say  # noqa: E402
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:

@@ -4,10 +4,10 @@ from collections import Counter
 
 from conftest import ROOT
 
-import utils
+from course.rows import load_rows
 
-ROWS = utils.load_rows(ROOT / "dataset" / "huanhuan.json")
-HELDOUT = utils.load_rows(ROOT / "dataset" / "heldout.json")
+ROWS = load_rows(ROOT / "dataset" / "huanhuan.json")
+HELDOUT = load_rows(ROOT / "dataset" / "heldout.json")
 
 
 def plain(row):
@@ -40,7 +40,7 @@ def test_she_never_speaks_of_models():
 
 
 def test_the_example_persona_has_thirty_rows_of_six_facts():
-    rows = utils.load_rows(ROOT / "dataset" / "teahouse.json")
+    rows = load_rows(ROOT / "dataset" / "teahouse.json")
     assert len(rows) == len({plain(row) for row in rows}) == 30
     assert all(re.search("老朽|陆|茶馆|客官|阿福", row["output"]) for row in rows)
 

@@ -22,6 +22,7 @@ import pytest
 from traitlets.config import Config
 
 import utils
+from course import download
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -79,7 +80,7 @@ def test_the_first_start_makes_the_learners_folder(course):
     assert "--ip=127.0.0.1" in called and "--port=8888" in called
     assert f"--LabApp.default_url={FIRST}" in called and f"--ServerApp.root_dir={work}" in called
     assert seen["COURSE_OUTPUT"] == f"{work}/output"
-    assert seen["PYTHONSTARTUP"] == f"{course}/startup.py"
+    assert seen["PYTHONSTARTUP"] == f"{course}/course/startup.py"
 
 
 def test_an_edited_notebook_is_never_overwritten(course):
@@ -447,15 +448,15 @@ def announced():
 
 
 def test_an_update_is_said_only_if_told_to(announced, monkeypatch, capsys):
-    utils.say_update()
+    download.say_update()
     assert (announced.asked, capsys.readouterr().out) == (0, "")
     monkeypatch.setenv("COURSE_UPDATES", f"http://127.0.0.1:{announced.server_port}/VERSION")
-    utils.say_update()
+    download.say_update()
     here = (DEPLOY / "VERSION").read_text().strip()
     assert capsys.readouterr().out == f"A newer version of the course is out: 2999-01-01. Yours is of {here}.\n"
     for says in (here.encode(), b"2000-01-01", b"9", b"<html>", b"\xff", b"2999-01-01 or so"):
         announced.says = says
-        utils.say_update()
+        download.say_update()
         assert capsys.readouterr().out == "", says
     assert announced.asked == 7
 
@@ -467,18 +468,18 @@ def test_no_answer_is_no_news(announced, monkeypatch, capsys, tmp_path):
     for address in (slow, "http://127.0.0.1:1/VERSION", (tmp_path / "VERSION").as_uri(), "2999-01-01"):
         monkeypatch.setenv("COURSE_UPDATES", address)
         begun = time.time()
-        utils.say_update(seconds=0.2)
+        download.say_update(seconds=0.2)
         assert time.time() - begun < 1.5
     assert capsys.readouterr().out == ""
 
 
 def test_a_name_that_is_looked_up_for_long_does_not_hold_the_cell(monkeypatch, capsys):
-    monkeypatch.setattr(utils.urllib.request, "urlopen", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *_, **__: time.sleep(3))
     monkeypatch.setenv("COURSE_UPDATES", "https://updates.invalid/VERSION")
     begun = time.time()
-    utils.say_update(seconds=0.2)
+    download.say_update(seconds=0.2)
     assert time.time() - begun < 1.5 and capsys.readouterr().out == ""
 
 
 def test_notebook_01_asks(cell):
-    assert "utils.say_update()" in cell("01_environment", "utils.wrong_packages()")
+    assert "download.say_update()" in cell("01_environment", "utils.wrong_packages()")

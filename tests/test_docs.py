@@ -14,6 +14,9 @@ import workshop
 from conftest import ROOT
 
 import utils
+from course import download, swanlab_record, widgets
+from course.model_folder import model_folder
+from course.rows import load_rows
 
 TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
@@ -188,7 +191,7 @@ DATA = {
 @pytest.mark.parametrize("entry", DATA)
 def test_a_faulty_data_file_is_on_the_page(tmp_path, capsys, entry):
     (tmp_path / "mine.json").write_bytes(DATA[entry])
-    assert entry in best_entry(said_by(lambda: utils.load_rows(tmp_path / "mine.json"), capsys))
+    assert entry in best_entry(said_by(lambda: load_rows(tmp_path / "mine.json"), capsys))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_a_failed_download_is_on_the_page(capsys, error, entry):
     from modelscope_hub import errors
 
     def fail():
-        with utils.download_errors("owner/name"):
+        with download.download_errors("owner/name"):
             raise getattr(errors, error)("x") if isinstance(error, str) else error
 
     assert entry in best_entry(said_by(fail, capsys))
@@ -250,23 +253,25 @@ def torn(tmp_path):
 CASES = {
     "is unknown. Use one of": lambda t, m: learner(m, SWANLAB_MODE="clowd"),
     "SWANLAB_PROJECT is set": lambda t, m: learner(m, SWANLAB_PROJECT="x"),
-    "no folder there, and no model id": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL="a/b/c")),
-    "is not on this machine yet": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL="a/b", COURSE_OUTPUT=t)),
-    "no config.json there": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL=t)),
-    "The course is made for": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL=model_of(t, kind="qwen3"))),
-    "no *.safetensors there": lambda t, m: utils.model_folder(learner(m, COURSE_MODEL=model_of(t, "model.bin"))),
+    "no folder there, and no model id": lambda t, m: model_folder(learner(m, COURSE_MODEL="a/b/c")),
+    "is not on this machine yet": lambda t, m: model_folder(learner(m, COURSE_MODEL="a/b", COURSE_OUTPUT=t)),
+    "no config.json there": lambda t, m: model_folder(learner(m, COURSE_MODEL=t)),
+    "The course is made for": lambda t, m: model_folder(learner(m, COURSE_MODEL=model_of(t, kind="qwen3"))),
+    "no *.safetensors there": lambda t, m: model_folder(learner(m, COURSE_MODEL=model_of(t, "model.bin"))),
     "is not there yet": lambda t, m: utils.require(t / "rows", "03_dataset", learner(m)),
-    "no such file. Check COURSE_DATA; ": lambda t, m: utils.load_rows(t / "nowhere.json"),
-    "a folder, not a file": lambda t, m: utils.load_rows(t),
-    "no local SwanLab run": lambda t, m: utils.recorded(t, "train/loss"),
+    "no such file. Check COURSE_DATA; ": lambda t, m: load_rows(t / "nowhere.json"),
+    "a folder, not a file": lambda t, m: load_rows(t),
+    "no local SwanLab run": lambda t, m: swanlab_record.recorded(t, "train/loss"),
     "There is no checkpoint yet": lambda t, m: stopped(t, KeyboardInterrupt()),
     "The disk is full: free some of it": lambda t, m: stopped(t, OSError(28, "No space left on device")),
     "was not written to its end": lambda t, m: torn(t),
-    "SwanLab records in": lambda t, m: runs.log_folder(model_of(t) / "config.json"),
-    "does not answer": lambda t, m: print(m.setenv("SWANLAB_API_HOST", "http://127.0.0.1:1") or runs.cloud_trouble()),
+    "SwanLab records in": lambda t, m: swanlab_record.log_folder(model_of(t) / "config.json"),
+    "does not answer": lambda t, m: print(
+        m.setenv("SWANLAB_API_HOST", "http://127.0.0.1:1") or swanlab_record.cloud_trouble()
+    ),
     "○ open": lambda t, m: utils.check(...),
     "✗ not yet": lambda t, m: utils.check(3, (lambda a: a > 3, "more")),
-    "a label belongs to each token": lambda t, m: utils.mask_view(None, [1], []),
+    "a label belongs to each token": lambda t, m: widgets.mask_view(None, [1], []),
     "no such group": lambda t, m: full_size.lora_config(8, ("head",)),
     "peft refuses dropout": lambda t, m: full_size.attach(None, SimpleNamespace(lora_dropout=1, target_parameters=[1])),
     "16 (bf16, float32 on a CPU) or 4": lambda t, m: full_size.load_model(t, bits=3),

@@ -21,7 +21,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import utils
-from row_checks import one_form
+from course import plots, row_checks
+from course.model_folder import model_folder
+from course.row_checks import one_form
+from course.rows import load_rows
 
 GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
 OTHER = {"instruction": "你家在哪里？", "input": "", "output": "家在京城。"}
@@ -292,7 +295,7 @@ def test_there_are_forty_and_each_has_a_name():
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.fault)
 def test_a_bad_file_gets_one_message_with_file_place_and_mend(tmp_path, case, fault):
     with pytest.raises(utils.CourseError) as error:
-        utils.load_rows(mine(tmp_path, case))
+        load_rows(mine(tmp_path, case))
     said = str(error.value)
     assert all(text in said for text in case.happened), said
     assert said.startswith(f".../{tmp_path.name}/mine.json: ")
@@ -309,9 +312,10 @@ def said_by_the_notebook(cell, tokenizer, capsys, monkeypatch):
 
     def say(path: Path) -> str:
         monkeypatch.setenv("COURSE_DATA", str(path))
-        rows = utils.load_rows(path)
+        rows = load_rows(path)
         questions = [row["instruction"] + row["input"] for row in rows]
-        space = {"utils": utils, "course": utils.settings(), "rows": rows, "questions": questions}
+        space = {"utils": utils, "settings": utils.settings(), "rows": rows, "questions": questions}
+        space |= {"model_folder": model_folder, "plots": plots, "row_checks": row_checks}
         for source in cells:
             exec(source, space)
         return re.sub(" {2,}", "    ", capsys.readouterr().out)
@@ -349,7 +353,7 @@ def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind, fault):
         monkeypatch.setattr(Path, "read_bytes", refuse)
         said = "cannot be read (Permission denied). Check its permissions"
     with pytest.raises(utils.CourseError, match=re.escape(said)):
-        utils.load_rows(path)
+        load_rows(path)
     fault.record(
         "data",
         f"the data file is a {kind}" if kind != "no rights" else "the data file may not be read",
@@ -376,30 +380,30 @@ READ = {
 @pytest.mark.parametrize("name", READ)
 def test_a_file_of_another_form_gives_the_same_rows(name, capsys, fault):
     said, count = READ[name]
-    rows = utils.load_rows(CASES / name)
+    rows = load_rows(CASES / name)
     assert len(rows) == count
-    assert {key: rows[0][key] for key in utils.FIELDS} == FIRST
+    assert {key: rows[0][key] for key in row_checks.FIELDS} == FIRST
     assert said in capsys.readouterr().out
     fault.record("data", f"the file {name}", "tests/cases", f"{count} rows are read")
 
 
 def test_history_and_system_are_kept():
-    row = utils.load_rows(CASES / "history_system.json")[0]
+    row = load_rows(CASES / "history_system.json")[0]
     assert row["system"] == "你是茶馆老板娘，说话爽快。"
     assert [turn["role"] for turn in row["history"]] == ["user", "assistant"] * 2
     assert row["history"][-1] == {"role": "assistant", "content": "第0壶还没开。"}
-    assert utils.load_rows(CASES / "xtuner_conversation.json")[0] == FIRST | {"system": "你是茶馆老板娘。"}
+    assert load_rows(CASES / "xtuner_conversation.json")[0] == FIRST | {"system": "你是茶馆老板娘。"}
 
 
 @pytest.mark.parametrize("name", ["data_lfs_pointer.json", "shard_lfs_pointer.safetensors"])
 def test_a_git_lfs_pointer_is_known(name):
     with pytest.raises(utils.CourseError, match=r"a Git LFS pointer, not the file itself\. Fetch it: git lfs pull"):
-        utils.load_rows(CASES / name)
+        load_rows(CASES / name)
 
 
 def test_the_configuration_of_a_model_is_no_data():
     with pytest.raises(utils.CourseError, match="holds one object with 'architectures'"):
-        utils.load_rows(CASES / "fp8_config.json")
+        load_rows(CASES / "fp8_config.json")
 
 
 AUDITED = {
@@ -426,14 +430,14 @@ def test_the_audit_names_what_would_be_trained_wrongly(name, said_by_the_noteboo
     ],
 )  # fmt: skip
 def test_code_and_signs_are_no_placeholders(text):
-    assert not [said for said, _ in utils.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+    assert not [said for said, _ in row_checks.row_remarks(GOOD | {"output": text}) if "would be said" in said]
 
 
 @pytest.mark.parametrize(
     "text", ["我是{{ name }}。", "<NAME>你好", "<name>", "[NAME]", "你好，%s！", "【姓名】", "{user}", "[YOUR NAME]"]
 )
 def test_placeholders_of_every_kind_are_named(text):
-    assert [said for said, _ in utils.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+    assert [said for said, _ in row_checks.row_remarks(GOOD | {"output": text}) if "would be said" in said]
 
 
 TALKS = st.lists(st.tuples(TEXT_OF_A_TURN, TEXT_OF_A_TURN), min_size=1, max_size=4)
@@ -495,7 +499,7 @@ def test_every_form_of_a_file_gives_the_same_rows(tmp_path_factory, pairs, form)
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in pairs]
     path = tmp_path_factory.mktemp("forms") / f"mine.{form if form in ('csv', 'tsv') else 'dat'}"
     path.write_bytes(written(rows, form))
-    assert utils.load_rows(path) == rows
+    assert load_rows(path) == rows
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16", "utf-16-be", "utf-32"])
@@ -503,7 +507,7 @@ def test_every_form_of_a_file_gives_the_same_rows(tmp_path_factory, pairs, form)
 def test_an_encoding_without_doubt_gives_the_same_rows(tmp_path, name, encoding):
     path = utils.ROOT / "dataset" / name
     (tmp_path / "mine.json").write_bytes(path.read_text(encoding="utf-8").encode(encoding))
-    assert utils.load_rows(tmp_path / "mine.json") == utils.load_rows(path)
+    assert load_rows(tmp_path / "mine.json") == load_rows(path)
 
 
 # ------------------------------------------------------------------------------------------ text stays text
@@ -546,7 +550,7 @@ def sample_with(formatter: dict[str, Any], place: str, text: str, thinking: bool
         {"role": "user", "content": fields.get("history's question", "丁")},
         {"role": "assistant", "content": fields.get("history's answer", "戊")},
     ]
-    row = {name: fields[name] for name in utils.FIELDS}
+    row = {name: fields[name] for name in row_checks.FIELDS}
     return formatter["tokenize_row"](row, system=fields["system"], history=history, thinking=thinking)
 
 
@@ -686,7 +690,7 @@ def test_a_cut_sample_has_no_terminator(formatter):
 
 
 def test_notebook_04_names_the_rows_whose_answers_were_cut(formatter, cell, tmp_path, capsys):
-    rows = utils.load_rows(CASES / "long_rows_40.json")
+    rows = load_rows(CASES / "long_rows_40.json")
     for name, part in (("train", [*rows[:3], GOOD]), ("new_answers", rows[3:5])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
     exec(cell("04_chat_template", "parts, cut"), formatter | {"rows_folder": tmp_path, "json": json})

@@ -21,6 +21,9 @@ import pytest
 from faulty_hub import ALWAYS, LISTING, FaultyHub, entry, refused_port
 
 import utils
+from course import download
+from course.hub import LocalHub
+from course.model_folder import model_folder, whole
 
 # A learner's client waits a minute for a silent hub and up to a minute between tries; here it waits a second.
 # Read when the client is imported, so this stands before that; the number of tries stays what it is.
@@ -65,7 +68,8 @@ def fetch(cell, course, client_log):
 
     def run(endpoint, output=None):
         settings = dataclasses.replace(course, output=output or course.output)
-        names = {"course": settings, "model_id": MODEL_ID, "endpoint": endpoint, "utils": utils, "Path": Path}
+        names = {"settings": settings, "model_id": MODEL_ID, "endpoint": endpoint, "Path": Path}
+        names |= {"utils": utils, "download": download, "whole": whole}
         for text in ("allow_patterns=[", "folder = snapshot_download("):
             try:
                 exec(cell("02_download", text), names)
@@ -259,7 +263,7 @@ def test_no_hub_at_all_is_said(fetch, fault):
 def test_a_complete_cache_needs_no_hub(cell, fetch, course, fault):
     with FaultyHub(utils.BUNDLED, MODEL_ID) as closing:
         folder = fetch(closing.endpoint)
-    names = {"course": course, "model_id": MODEL_ID, "cache": course.output / "hub", "folder": folder}
+    names = {"settings": course, "model_id": MODEL_ID, "cache": course.output / "hub", "folder": folder}
     exec(cell("02_download", "local_files_only=True)"), {**names, "utils": utils, "Path": Path, **client()})
     fault.record(AREA, "network gone after a complete download", "the hub is stopped", "the cache is used as it is")
 
@@ -295,10 +299,10 @@ def test_a_shard_that_the_listing_lacks_is_named(fetch, hub, fault):
 def test_later_notebooks_refuse_a_model_that_lost_a_shard(fetch, course, hub, fault):
     folder = fetch(hub.endpoint)
     moved = dataclasses.replace(course, model=str(folder))
-    assert utils.model_folder(moved) == folder
+    assert model_folder(moved) == folder
     (folder / LAST).unlink()
     with pytest.raises(utils.CourseError, match=f"missing: {LAST}"):
-        utils.model_folder(moved)
+        model_folder(moved)
     assert_complete(fetch(hub.endpoint))
     assert hub.requests.count(LAST) == 2
     assert hub.requests.count(FIRST) == 1
@@ -329,15 +333,15 @@ def test_a_full_disk_is_named_before_what_it_brings_about():
     from modelscope_hub.errors import FileDownloadError, NetworkError
 
     failed = {"a": NetworkError("x"), "b": OSError(errno.ENOSPC, "No space left on device"), "c": NetworkError("y")}
-    with pytest.raises(utils.CourseError, match="b and 2 more: the disk is full"), utils.download_errors(MODEL_ID):
+    with pytest.raises(utils.CourseError, match="b and 2 more: the disk is full"), download.download_errors(MODEL_ID):
         raise FileDownloadError("3 of 9", failed_files=failed)
 
 
 def test_what_nobody_foresaw_is_said_in_one_line():
-    with pytest.raises(utils.CourseError) as error, utils.download_errors(MODEL_ID):
+    with pytest.raises(utils.CourseError) as error, download.download_errors(MODEL_ID):
         raise KeyError("Data\nmore")
     assert_clear(error, "KeyError", AGAIN)
-    with pytest.raises(KeyboardInterrupt), utils.download_errors(MODEL_ID):
+    with pytest.raises(KeyboardInterrupt), download.download_errors(MODEL_ID):
         raise KeyboardInterrupt
 
 
@@ -477,8 +481,8 @@ def test_a_complete_model_is_neither_fetched_nor_hashed_again(fetch, course, hub
     monkeypatch.setattr("modelscope_hub._download.hashlib.sha256", Counting)
     hub._files()  # the hub hashes what it lists with the same function; that is none of the client's reading
     hashed.clear()
-    listing = utils.LocalHub._files(hub)
-    monkeypatch.setattr(utils.LocalHub, "_files", lambda _: listing)
+    listing = LocalHub._files(hub)
+    monkeypatch.setattr(LocalHub, "_files", lambda _: listing)
     hashed.clear()
     folder = fetch(hub.endpoint)
     small = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
@@ -610,11 +614,11 @@ def test_the_notebook_shows_the_line_that_is_taught(cell):
     for text in ("allow_patterns=[", "folder = snapshot_download("):
         source = cell("02_download", text)
         assert "snapshot_download(" in source
-        assert "utils.download_errors(model_id, endpoint)" in source
+        assert "download.download_errors(model_id, endpoint)" in source
         ast.parse(source)
 
 
 def test_the_note_names_the_folder(cell, fetch, course, hub):
     folder, cache = fetch(hub.endpoint), course.output / "hub"
     exec(cell("02_download", "note.write_text"), {"cache": cache, "folder": folder, "model_id": MODEL_ID, "json": json})
-    assert utils.model_folder(dataclasses.replace(course, model=MODEL_ID)) == folder
+    assert model_folder(dataclasses.replace(course, model=MODEL_ID)) == folder

@@ -26,9 +26,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 import utils
+from course.rows import load_rows
 
 EN = ROOT / "notebooks" / "en"
-STARTUP = {"PYTHONSTARTUP": str(ROOT / "startup.py")}
+STARTUP = {"PYTHONSTARTUP": str(ROOT / "course" / "startup.py")}
 FOUND_TOO_EARLY = "A cell above makes it: Run > Run All Above Selected Cell"
 TEA = ROOT / "dataset" / "teahouse.json"
 
@@ -151,7 +152,7 @@ def test_every_cell_twice(right, output, name, fault):
 
 @pytest.mark.parametrize("name", ["03_dataset", "04_chat_template", "05_lora_training", "06_inference"])
 def test_a_restarted_kernel_says_at_any_cell_what_to_run(right, output, name, fault):
-    """As `make lab` starts kernels; without its startup file a kernel knows no message before `import utils`."""
+    """As `make lab` starts kernels; without its startup file a kernel knows no message before `utils.start`."""
     with opened(name, output, **STARTUP) as learner:
         said = [learner.run(number) for number in reversed(learner.code[1:])]
     assert all(is_clear(*one) for one in said), said
@@ -292,7 +293,7 @@ def test_two_at_once_with_an_output_each_do_not_meet(right, tmp_path, fault):
             assert first.run(number) == b.run(number) == ("", "")
     assert files(tmp_path / "a" / "rows") == right["rows"]
     rows = [row for path in (tmp_path / "b" / "rows").glob("[nt]*.json") for row in json.loads(path.read_text("utf-8"))]
-    assert sorted(row["output"] for row in rows) == sorted(row["output"] for row in utils.load_rows(TEA))
+    assert sorted(row["output"] for row in rows) == sorted(row["output"] for row in load_rows(TEA))
     fault.record(
         "notebooks", "two learners at once", "two kernels, an output folder each", "the files are those of a clean run"
     )
@@ -322,7 +323,7 @@ def test_inference_refuses_rows_of_another_run(cell, output, monkeypatch, fault)
     monkeypatch.setenv("COURSE_OUTPUT", str(output))
     monkeypatch.setenv("COURSE_DATA", str(TEA))
     with pytest.raises(utils.CourseError, match=r"rows was made from other data than dataset/teahouse\.json"):
-        exec(cell("06_inference", "asked_now = "), {"utils": utils, "course": utils.settings(), "json": json})
+        exec(cell("06_inference", "asked_now = "), {"utils": utils, "settings": utils.settings(), "json": json})
     fault.record(
         "notebooks",
         "06 with rows or tokens of another run",

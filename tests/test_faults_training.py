@@ -24,6 +24,8 @@ from test_training import run_notebook
 from training_process import ROOT, Run, cells, run_cells, run_script
 
 import utils
+from course import swanlab_record
+from course.model_folder import whole
 
 AREA = "training"
 EQUAL = "final loss and adapter equal the uninterrupted run's, bit by bit"
@@ -368,7 +370,7 @@ def assert_usable(checkpoint):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, utils.whole(checkpoint))
+    model = PeftModel.from_pretrained(model, whole(checkpoint))
     assert all(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
 
 
@@ -589,7 +591,7 @@ def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         begun = time.monotonic()
-        names = {"course": course, "runs": runs, "os": os}
+        names = {"settings": course, "swanlab_record": swanlab_record}
         exec(cell("05_lora_training", "SwanLab mode:"), names)
         assert time.monotonic() - begun < 5
         begun = time.monotonic()
@@ -611,7 +613,7 @@ def test_a_cloud_that_answers_well_is_used(cell, monkeypatch, capsys):
     with swanlab_cloud("well") as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        exec(cell("05_lora_training", "SwanLab mode:"), {"course": course, "runs": runs, "os": os})
+        exec(cell("05_lora_training", "SwanLab mode:"), {"settings": course, "swanlab_record": swanlab_record})
     assert capsys.readouterr().out == "SwanLab mode: online\n"
 
 
@@ -622,7 +624,7 @@ def test_what_a_silent_cloud_missed_is_uploaded_later(prepared, tmp_path, undist
         assert run.end() == 0, run.said
     assert "The SwanLab cloud does not answer; recording locally" in run.said
     assert_equal(course, undisturbed)
-    assert utils.recorded(course.out / "swanlab", "train/loss") == pytest.approx(training_losses(undisturbed))
+    assert swanlab_record.recorded(course.out / "swanlab", "train/loss") == pytest.approx(training_losses(undisturbed))
     assert uploaded_later(course, tmp_path) == pytest.approx(training_losses(undisturbed))
     fault.record(
         AREA,
@@ -683,7 +685,7 @@ def test_a_log_folder_that_cannot_be_written(prepared, tmp_path, fault):
         subprocess.run(["umount", "-l", str(folder)], check=True)
     told = re.search(r"swanlab cannot be written \(Read-only file system\); SwanLab records in (.*)", run.said)
     other = Path(told[1])
-    assert len(utils.recorded(other, "train/loss")) == 6
+    assert len(swanlab_record.recorded(other, "train/loss")) == 6
     shutil.rmtree(other)
     fault.record(
         AREA,
@@ -708,7 +710,7 @@ if dist.get_rank() == 0 and order:
     (folder / "checkpoint-1" / "written").touch()
 seen = []
 runs.written_to_its_end = lambda path: seen.append(path) or (path / "written").exists()
-runs.utils.whole = lambda path: path
+runs.whole = lambda path: path
 print(dist.get_rank(), runs.kept_checkpoint(folder, order), len(seen), flush=True)
 dist.destroy_process_group()
 """

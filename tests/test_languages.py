@@ -15,8 +15,8 @@ import pytest
 import run_nbval
 from conftest import ROOT
 
-import language
 import utils
+from course import language
 
 WORDS = json.loads((languages.ZH / "words.json").read_text(encoding="utf-8"))
 GLOSSES = json.loads((languages.EN / "glosses.json").read_text(encoding="utf-8"))
@@ -25,7 +25,7 @@ SOURCES = [ROOT / name for name in (*languages.HELPERS, "tests/headers.py")]
 BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "gathered layers", "adapter and optimiser"}
 BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared experts", "routed experts", "this model"}
 BY_NAME |= {"by row", "by group", "prose, base", "her answers, base", "prose, adapter", "her answers, adapter"}
-#: English in both languages: notebook 08 and the bar of `utils.watched` read these lines.
+#: English in both languages: notebook 08 and the bar of `widgets.watched` read these lines.
 READ_BY_CODE = {"resuming from", "nothing: a new run", "step ", "train.py: "}
 SAYS = {"say", "say_in", "glossed"}
 
@@ -139,7 +139,7 @@ def test_the_language_is_that_of_the_folder_and_else_of_the_variable(monkeypatch
     assert language.current() == "en"
     monkeypatch.chdir(tmp_path)
     assert language.current() == "zh"
-    assert utils.say("✓ right") == "✓ 正确"
+    assert language.say("✓ right") == "✓ 正确"
     monkeypatch.delenv("COURSE_LANGUAGE")
     assert language.current() == "en"
     monkeypatch.chdir(languages.ZH)
@@ -237,7 +237,7 @@ def test_a_table_has_its_glosses_below_each_row_in_english_alone(monkeypatch, ca
 def test_a_notebook_shows_a_table_with_chinese_as_html(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
-    monkeypatch.setattr(utils, "shell", "a notebook's")
+    monkeypatch.setattr(utils, "_shell", lambda: "a notebook's")
     monkeypatch.chdir(languages.EN)
     utils.table([("<b>", 1)], ("sign", "n"))
     assert not shown and "<b>" in capsys.readouterr().out
@@ -383,12 +383,14 @@ def test_a_helper_speaks_where_it_is_called_and_through_functions_of_a_notebook(
     sources = {
         "quiet": "print(len(rows)); rest = [check(a) for a in b]",
         "raises": "if bad:\n    raise utils.CourseError('no')",
-        "settings": "course = utils.settings()",
-        "direct": "utils.loss_picture([])",
-        "defines": "def draw(h):\n    return utils.loss_picture(h)",
+        "settings": "settings = utils.settings()",
+        "direct": "plots.loss_picture([])",
+        "defines": "def draw(h):\n    return plots.loss_picture(h)",
         "calls": "draw(history)",
         "deeper": "class Live:\n    def on_log(self):\n        draw(1)",
         "plan": "print(planner.plan(bits=4).text())",
+        "by name": "from course.rows import load_rows\nload_rows(path)",
+        "named before": "load_rows(path)",
         "caught": "try:\n    f()\nexcept utils.CourseError as error:\n    print(error)",
     }
     notebook = new.new_notebook(cells=[new.new_code_cell(text, id=name) for name, text in sources.items()])

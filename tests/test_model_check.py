@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import model_check
 import utils
+from course import download, model_folder
+from course.hub import LocalHub
 
 CASES = ROOT / "tests" / "cases"
 
@@ -31,7 +32,7 @@ def folder(tmp_path):
 def refused(folder, monkeypatch):
     monkeypatch.setenv("COURSE_MODEL", str(folder))
     with pytest.raises(utils.CourseError) as said:
-        utils.model_folder(utils.settings())
+        model_folder.model_folder(utils.settings())
     return str(said.value)
 
 
@@ -41,9 +42,9 @@ def edit(path, **changes):
 
 def test_a_sound_folder_is_taken_at_once(folder, monkeypatch):
     monkeypatch.setenv("COURSE_MODEL", str(folder))
-    assert utils.model_folder(utils.settings()) == folder  # imports what it needs
+    assert model_folder.model_folder(utils.settings()) == folder  # imports what it needs
     begun = time.monotonic()
-    utils.model_folder(utils.settings())
+    model_folder.model_folder(utils.settings())
     assert time.monotonic() - begun < 1
 
 
@@ -63,7 +64,7 @@ def test_many_pointers_are_counted_and_an_adapters_too(tmp_path):
     for number in range(5):
         shutil.copy(CASES / "shard_lfs_pointer.safetensors", tmp_path / f"model-{number}.safetensors")
     with pytest.raises(utils.CourseError, match=r"model-0.* and 2 more: pointers of Git LFS"):
-        utils.whole(tmp_path)
+        model_folder.whole(tmp_path)
 
 
 def test_an_fp8_checkpoint_is_refused_with_the_one_to_take(folder, monkeypatch):
@@ -102,9 +103,9 @@ def test_a_template_inside_the_tokenizers_configuration_is_found(folder):
     template = (folder / "chat_template.jinja").read_text("utf-8")
     (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", chat_template=template)
-    assert model_check.check(folder) == folder
+    assert model_folder.check(folder) == folder
     edit(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": template}])
-    assert model_check.check(folder) == folder
+    assert model_folder.check(folder) == folder
 
 
 OTHERS = {
@@ -149,7 +150,7 @@ def test_end_tokens_are_looked_up_as_the_real_release_writes_them(folder):
     """Its tokenizer_config.json holds the special tokens; the bundled one leaves them to tokenizer.json."""
     tokens = {8156: "<|endoftext|>", 8163: "<|user|>", 8165: "<|observation|>"}
     edit(folder / "tokenizer_config.json", added_tokens_decoder={str(n): {"content": t} for n, t in tokens.items()})
-    assert model_check.check(folder) == folder
+    assert model_folder.check(folder) == folder
 
 
 @pytest.mark.parametrize(
@@ -162,10 +163,10 @@ def test_a_model_in_modelscopes_cache_is_found(folder, monkeypatch, tmp_path, la
     place = tmp_path / "cache" / layout
     place.parent.mkdir(parents=True)
     folder.rename(place)
-    assert utils.model_folder(utils.settings()) == place
+    assert model_folder.model_folder(utils.settings()) == place
     (place / "model-00002-of-00003.safetensors").unlink()  # a download that was broken off is not taken
     with pytest.raises(utils.CourseError, match="or set COURSE_MODEL to the folder that holds the model"):
-        utils.model_folder(utils.settings())
+        model_folder.model_folder(utils.settings())
 
 
 def test_notebook_02_does_not_fetch_what_is_in_the_cache(folder, monkeypatch, tmp_path, cell, capsys):
@@ -174,8 +175,9 @@ def test_notebook_02_does_not_fetch_what_is_in_the_cache(folder, monkeypatch, tm
     place = tmp_path / "cache" / "models" / "owner--name" / "snapshots" / "master"
     place.parent.mkdir(parents=True)
     folder.rename(place)
-    monkeypatch.setattr(utils, "hub_answers", lambda *_: pytest.fail("the hub is asked"))
-    names = {"course": utils.settings(), "utils": utils, "Path": Path, "re": re}
+    monkeypatch.setattr(download, "hub_answers", lambda *_: pytest.fail("the hub is asked"))
+    names = {"settings": utils.settings(), "utils": utils, "Path": Path, "re": re}
+    names |= {"cached_model": model_folder.cached_model, "download": download, "LocalHub": LocalHub}
     exec(cell("02_download", "is_id = not Path("), names)
     names["hub"].__exit__()
     said = capsys.readouterr().out

@@ -15,6 +15,7 @@ import secret_scan
 from conftest import ROOT
 
 import utils
+from course import plots
 
 IMAGES = ROOT / "images"
 FONT = IMAGES / "fonts" / "HuanhuanHei.otf"
@@ -299,12 +300,12 @@ import matplotlib
 from matplotlib import font_manager
 manager = font_manager.fontManager
 manager.ttflist = [font for font in manager.ttflist if font.fname.startswith(matplotlib.get_data_path())]
-import utils
+from course import plots
 warnings.simplefilter("error")
-figure, (plot,) = utils.axes()
+figure, (plot,) = plots.axes()
 FAMILY
 plot.set(title="训练损失 {ANSWER}", ylabel="新措辞 (nats)", xlim=(-1, 1))
-assert utils.picture(figure, "x").png
+assert plots.picture(figure, "x").png
 """
 
 
@@ -343,13 +344,13 @@ def test_the_font_is_small_and_has_its_licence_and_a_name_of_its_own():
 
 def test_curves_differ_in_more_than_colour(monkeypatch):
     drawn = []
-    monkeypatch.setattr(utils, "picture", lambda figure, alt: drawn.append(figure))
+    monkeypatch.setattr(plots, "picture", lambda figure, alt: drawn.append(figure))
     history = [{"step": s, "loss": 1.0, "eval_a_loss": 2.0, "eval_b_loss": 3.0, "eval_c_loss": 4.0} for s in (1, 2)]
-    utils.loss_picture(history)
-    utils.moved_picture({f"module {i}": {1: 0.1} for i in range(12)})
-    figure, (plot,) = utils.axes()
+    plots.loss_picture(history)
+    plots.moved_picture({f"module {i}": {1: 0.1} for i in range(12)})
+    figure, (plot,) = plots.axes()
     plot.plot([[1, 2, 3, 4, 5]] * 2)  # a learner's own
     for one in (*drawn, figure):
         curves = one.axes[0].lines
         assert len({(str(c.get_linestyle()), c.get_marker(), str(c._dash_pattern)) for c in curves}) == len(curves)
-        utils.pyplot().close(one)
+        plots.pyplot().close(one)

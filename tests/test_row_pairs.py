@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz, process
 
-import row_pairs
 import utils
+from course import plots, row_pairs
+from course.rows import load_rows
 
 ROWS = json.loads((ROOT / "dataset" / "huanhuan.json").read_text(encoding="utf-8"))
 QUESTIONS = [row["instruction"] + row["input"] for row in ROWS]
@@ -88,7 +89,7 @@ def split(cell, capsys):
     cells[1:1] = [cell("03_dataset", "fuzz, process")]
 
     def run(rows: list[dict[str, str]]) -> dict:
-        space = {"utils": utils, "course": utils.settings(), "rows": rows}
+        space = {"utils": utils, "settings": utils.settings(), "rows": rows, "plots": plots, "row_pairs": row_pairs}
         for source in cells:
             exec(source, space)
         return space | {"said": capsys.readouterr().out}
@@ -98,7 +99,7 @@ def split(cell, capsys):
 
 @pytest.mark.parametrize("name", ["constant_instruction_200.json", "persona_in_instruction_30.json"])
 def test_a_text_that_all_rows_share_ties_no_rows_together(split, name):
-    rows = utils.load_rows(ROOT / "tests" / "cases" / name)
+    rows = load_rows(ROOT / "tests" / "cases" / name)
     space = split(rows)
     assert f"left out at the beginning: {rows[0]['instruction']}" in space["said"]
     assert len(space["groups"]) > len(rows) / 2
@@ -139,7 +140,7 @@ def test_when_one_group_is_left_the_message_says_why(split, kind, fault):
 MEASURED = """
 import random, sys, time
 sys.path.insert(0, ".")
-import row_pairs
+from course import row_pairs
 kind, count, draw = sys.argv[1], int(sys.argv[2]), random.Random(1)
 letters = [chr(0x4E00 + i) for i in range(800)]
 texts = ["".join(draw.choices(letters, k=draw.randint(6, 20))) for _ in range(count)]

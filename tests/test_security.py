@@ -23,6 +23,9 @@ import secret_scan
 from conftest import ROOT
 
 import utils
+from course import plots, widgets
+from course.hub import LocalHub
+from course.model_folder import model_folder, whole
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 MARKUP = '<img src=x onerror="alert(1)"><script>alert(2)</script></textarea>&amp;'
@@ -137,9 +140,10 @@ def test_names_that_only_sound_like_secrets_are_let_through():
 FAKE = random_text(21)
 
 
-SETUP = """import dataclasses, os, runs, utils
-runs.cloud_trouble = lambda: '' if os.environ.get('SWANLAB_API_KEY') else 'asks for SWANLAB_API_KEY'
-course = dataclasses.replace(utils.settings(), swanlab_mode='online')"""
+SETUP = """import dataclasses, os, utils
+from course import swanlab_record
+swanlab_record.cloud_trouble = lambda: '' if os.environ.get('SWANLAB_API_KEY') else 'asks for SWANLAB_API_KEY'
+settings = dataclasses.replace(utils.settings(), swanlab_mode='online')"""
 
 
 def ask_cell(cell, tmp_path, environment, answer, setup=SETUP, last="print(len(os.environ['SWANLAB_API_KEY']))"):
@@ -265,7 +269,7 @@ def test_a_pickled_model_is_refused_and_not_run(tmp_path, fault, name):
     shutil.copy(utils.BUNDLED / "config.json", folder)
     (folder / name).write_bytes(pickle.dumps(Evil(mark)))
     with pytest.raises(utils.CourseError, match=r"no \*\.safetensors there"):
-        utils.model_folder(dataclasses.replace(utils.settings(), model=str(folder)))
+        model_folder(dataclasses.replace(utils.settings(), model=str(folder)))
     assert not mark.exists()
     pickle.loads((folder / name).read_bytes())
     assert mark.exists()  # it would have run
@@ -283,7 +287,12 @@ def test_a_pickled_adapter_is_refused_and_not_run(cell, tmp_path, fault):
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Evil(mark)))
-    names = {"utils": utils, "course": utils.settings(), "run_folder": tmp_path / "lora"}
+    names = {
+        "settings": utils.settings(),
+        "run_folder": tmp_path / "lora",
+        "model_folder": model_folder,
+        "whole": whole,
+    }
     with pytest.raises(utils.CourseError, match=r"adapter: no \*\.safetensors there"):
         exec(cell("06_inference", "PeftModel.from_pretrained"), names)
     assert not mark.exists()
@@ -366,7 +375,7 @@ def test_the_dashboard_and_the_local_hub_listen_on_this_machine_only(hub_address
 
 @pytest.fixture
 def hub_address():
-    with utils.LocalHub(utils.BUNDLED, "a/b") as hub:
+    with LocalHub(utils.BUNDLED, "a/b") as hub:
         return hub._server.server_address[0]
 
 
@@ -399,10 +408,10 @@ class OneToken:
 
 
 def test_the_mask_view_and_a_picture_show_markup_and_do_not_run_it(fault):
-    view = utils.mask_view(OneToken(), [1, 2], [-100, 2])
+    view = widgets.mask_view(OneToken(), [1, 2], [-100, 2])
     assert tags(view.html).tags == {"div", "span"}
     assert tags(view.html).attributes == {"style"}
-    drawn = utils.picture(utils.axes()[0], MARKUP)
+    drawn = plots.picture(plots.axes()[0], MARKUP)
     assert tags(drawn.html).tags == {"figure", "img", "figcaption"}
     assert tags(drawn.html).attributes == {"alt", "src"}
     assert {"img", "script"} <= tags(MARKUP).tags  # what would be there, were it not escaped
@@ -417,20 +426,20 @@ def test_the_mask_view_and_a_picture_show_markup_and_do_not_run_it(fault):
 def test_the_chat_box_shows_markup_and_does_not_run_it(fault):
     import ipywidgets
 
-    box = utils.chat_box(lambda *_: MARKUP, lambda turns: turns[-1]["content"])
+    box = widgets.chat_box(lambda *_: MARKUP, lambda turns: turns[-1]["content"])
     question, ask = box.children[0].children
     question.value = MARKUP
     ask.click()
-    widgets, holding = [box], []
-    for widget in widgets:
-        widgets.extend(getattr(widget, "children", ()))
+    parts, holding = [box], []
+    for widget in parts:
+        parts.extend(getattr(widget, "children", ()))
         for name in ("value", "description", "tooltip", "placeholder"):
             if MARKUP in str(getattr(widget, name, "")):
                 holding.append((type(widget), name))
     # Textarea sets text, not markup; HTML, HTMLMath and every `description` with its html switch do.
     assert holding == [(ipywidgets.Textarea, "value")] * 3  # the template's text, and a turn of each model
-    assert not any(getattr(widget, "description_allow_html", False) for widget in widgets)
-    assert not any(isinstance(widget, (ipywidgets.HTML, ipywidgets.HTMLMath)) for widget in widgets)
+    assert not any(getattr(widget, "description_allow_html", False) for widget in parts)
+    assert not any(isinstance(widget, (ipywidgets.HTML, ipywidgets.HTMLMath)) for widget in parts)
     fault.record(
         "security", "markup in an answer", "an img with onerror and a script as answer and question", "shown as text"
     )

@@ -25,6 +25,9 @@ from modelscope_hub.config import set_default_config
 
 import runs
 import utils
+from course import download
+from course.hub import LocalHub
+from course.model_folder import whole
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_ID = "owner/name"
@@ -85,7 +88,8 @@ def no_proxies(monkeypatch):
 
 def fetched(cell, course, model_id: str, endpoint: str | None) -> Path:
     """What the download cells of notebook 02 fetch."""
-    names = {"course": course, "model_id": model_id, "endpoint": endpoint, "utils": utils, "Path": Path}
+    names = {"settings": course, "model_id": model_id, "endpoint": endpoint, "Path": Path}
+    names |= {"utils": utils, "download": download, "whole": whole}
     exec(cell("02_download", "allow_patterns=["), names)
     exec(cell("02_download", "folder = snapshot_download("), names)
     return names["folder"]
@@ -99,7 +103,7 @@ def test_requests_to_this_machine_go_around_every_proxy(no_proxies, cell, tmp_pa
         url = proxy.url if status else f"http://127.0.0.1:{refused_port()}"
         for name in names:
             no_proxies.setenv(name, url)
-        with utils.LocalHub(utils.BUNDLED, MODEL_ID) as hub:
+        with LocalHub(utils.BUNDLED, MODEL_ID) as hub:
             folder = fetched(cell, course, MODEL_ID, hub.endpoint)
         assert (folder / "config.json").read_bytes() == (utils.BUNDLED / "config.json").read_bytes()
         assert not proxy.asked
@@ -116,17 +120,17 @@ def test_requests_to_this_machine_go_around_every_proxy(no_proxies, cell, tmp_pa
 def test_the_hosts_that_need_no_proxy_are_added_and_taken_away_again(no_proxies, before, inside):
     for name, value in before.items():
         no_proxies.setenv(name, value)
-    with utils.around_proxies():
+    with download.around_proxies():
         assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == inside
     assert {name: os.environ[name] for name in ("no_proxy", "NO_PROXY") if name in os.environ} == before
 
 
 def test_a_hub_that_only_a_proxy_reaches_is_found_and_fetched_from(no_proxies, cell, tmp_path):
     course = dataclasses.replace(utils.settings(), output=tmp_path / "output")
-    with utils.LocalHub(utils.BUNDLED, MODEL_ID) as hub, Proxy(behind=hub.endpoint) as proxy:
+    with LocalHub(utils.BUNDLED, MODEL_ID) as hub, Proxy(behind=hub.endpoint) as proxy:
         no_proxies.setenv("http_proxy", proxy.url)
         no_proxies.setenv("MODELSCOPE_ENDPOINT", "http://hub.example:80")
-        assert utils.hub_answers(MODEL_ID)
+        assert download.hub_answers(MODEL_ID)
         folder = fetched(cell, course, MODEL_ID, None)
     assert (folder / "config.json").read_bytes() == (utils.BUNDLED / "config.json").read_bytes()
     assert any("FilePath=config.json" in path for path in proxy.asked)
@@ -141,7 +145,7 @@ def test_an_error_names_the_proxy_and_no_password(no_proxies, cell, tmp_path, ca
     with Proxy(status or 403) as proxy:
         port = proxy.server.server_port if status else refused_port()
         no_proxies.setenv(variable, f"http://{user}:{secret}@127.0.0.1:{port}")
-        assert not utils.hub_answers(MODEL_ID)
+        assert not download.hub_answers(MODEL_ID)
         with pytest.raises(utils.CourseError) as error:
             fetched(cell, course, MODEL_ID, "https://hub.example")
     for said in (capsys.readouterr().out, str(error.value)):
@@ -151,7 +155,7 @@ def test_an_error_names_the_proxy_and_no_password(no_proxies, cell, tmp_path, ca
 
 def test_a_hub_that_does_not_answer_is_said_without_a_proxy_where_there_is_none(no_proxies, capsys):
     no_proxies.setenv("MODELSCOPE_ENDPOINT", f"http://127.0.0.1:{refused_port()}")
-    assert not utils.hub_answers(MODEL_ID)
+    assert not download.hub_answers(MODEL_ID)
     said = capsys.readouterr().out
     assert f"so {MODEL_ID} cannot be fetched now" in said and "proxy" not in said
 
@@ -254,9 +258,9 @@ def test_another_utils_on_the_path_does_not_win(tmp_path, language, number):
     (path,) = (ROOT / "notebooks" / language).glob(f"0{number}_*.ipynb")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    for name in ("utils", "runs", "language", "planner"):
+    for name in ("utils", "course", "runs", "planner"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('another module of this name')")
-    code = first.split("course = ")[0] + "print(utils.ROOT)"
+    code = first.split("settings = ")[0] + "print(utils.ROOT)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=path.parent,
@@ -269,13 +273,15 @@ def test_another_utils_on_the_path_does_not_win(tmp_path, language, number):
 
 def test_without_a_home_the_libraries_have_one_of_the_course(tmp_path):
     code = """
-import utils, os, runs
+import utils
+from course.hub import LocalHub
 from pathlib import Path
+settings = utils.start()
 import matplotlib, IPython.paths, modelscope, datasets
 from jupyter_core.paths import jupyter_runtime_dir
 print(Path.home(), matplotlib.get_cachedir(), IPython.paths.get_ipython_dir(), jupyter_runtime_dir(), sep="\\n")
-cache = utils.settings().output / "hub"
-with utils.LocalHub(utils.BUNDLED, "a/b") as hub:
+cache = settings.output / "hub"
+with LocalHub(utils.BUNDLED, "a/b") as hub:
     print(modelscope.snapshot_download("a/b", cache_dir=str(cache), endpoint=hub.endpoint))
 """
     environment = without_course(HOME="/dev/null/home", COURSE_OUTPUT=str(tmp_path))
@@ -289,7 +295,7 @@ with utils.LocalHub(utils.BUNDLED, "a/b") as hub:
 
 def test_where_neither_can_be_written_the_message_names_both_variables():
     environment = without_course(HOME="/dev/null/home", COURSE_OUTPUT="/dev/null/out")
-    command = [sys.executable, "-c", "import utils"]
+    command = [sys.executable, "-c", "import utils; utils.start()"]
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert "Set HOME and COURSE_OUTPUT" in said
 
@@ -331,7 +337,7 @@ def test_a_saved_adapter_holds_no_path_of_this_machine_and_loads(adapter, tmp_pa
 
 
 def test_both_ways_of_training_name_the_base_so(cell):
-    assert "utils.name_base(adapter, course)" in cell("05_lora_training", "model.save_pretrained(adapter)")
+    assert "utils.name_base(adapter, settings)" in cell("05_lora_training", "model.save_pretrained(adapter)")
 
 
 # ---------------------------------------------------------------------------------------------------- systems
@@ -354,6 +360,8 @@ del sys.modules["fcntl"], sys.modules["resource"]
 import datasets, peft, transformers.trainer  # these look for Linux in other ways, so they are given both
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import full_size, planner, train
+import course.download, course.hub, course.model_folder, course.plots, course.rows, course.startup
+import course.swanlab_record, course.widgets
 """
     environment = without_course(COURSE_OUTPUT=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)

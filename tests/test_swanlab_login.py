@@ -13,8 +13,8 @@ from conftest import ROOT
 from test_faults_training import KEY, Cloud
 from test_security import ask_cell
 
-import runs
 import utils
+from course import swanlab_record
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_the_command_records_online_after_swanlab_login(home, cloud, capsys, tmp
 
 def test_what_login_leaves_is_enough_for_a_run_in_the_cloud(home, cloud, tmp_path):
     log_in(home, cloud.host)
-    code = "import runs, swanlab\nassert not runs.cloud_trouble()\n"
+    code = "import swanlab\nfrom course import swanlab_record\nassert not swanlab_record.cloud_trouble()\n"
     code += f"swanlab.init(project='t', experiment_name='x', mode='online', log_dir={str(tmp_path / 'log')!r})\n"
     code += "swanlab.log({'train/loss': 1.5}, step=3)\nswanlab.finish()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -70,7 +70,8 @@ def test_what_login_leaves_is_enough_for_a_run_in_the_cloud(home, cloud, tmp_pat
 
 def test_the_notebook_does_not_ask_after_swanlab_login(home, cloud, cell, tmp_path):
     log_in(home, cloud.host)
-    setup = "import dataclasses, runs, utils\ncourse = dataclasses.replace(utils.settings(), swanlab_mode='online')"
+    setup = "import dataclasses, utils\nfrom course import swanlab_record\n"
+    setup += "settings = dataclasses.replace(utils.settings(), swanlab_mode='online')"
     sent, asked = ask_cell(cell, tmp_path, {}, "not asked", setup=setup, last="print('end')")
     assert "SwanLab mode: online" in sent
     assert not asked
@@ -81,7 +82,7 @@ def test_the_notebook_does_not_ask_after_swanlab_login(home, cloud, cell, tmp_pa
 def test_quotes_and_line_ends_around_a_key_are_taken_off(home, cloud, monkeypatch, spoilt):
     monkeypatch.setenv("SWANLAB_API_KEY", spoilt)
     monkeypatch.setenv("SWANLAB_API_HOST", f'"{cloud.host}/"\n')
-    assert runs.cloud_trouble() == ""
+    assert swanlab_record.cloud_trouble() == ""
     assert os.environ["SWANLAB_API_KEY"] == KEY  # where the library reads it
 
 
@@ -89,8 +90,8 @@ def test_quotes_that_login_has_stored_are_taken_off(home, cloud):
     log_in(home, cloud.host)
     stored = home / ".swanlab" / ".netrc"
     stored.write_text(stored.read_text().replace(KEY, f"“{KEY}”"), encoding="utf-8")
-    assert runs.swanlab_access() == (KEY, cloud.host)
-    assert runs.cloud_trouble() == ""
+    assert swanlab_record.swanlab_access() == (KEY, cloud.host)
+    assert swanlab_record.cloud_trouble() == ""
     import swanlab
 
     assert (swanlab.Settings().api_key, swanlab.Settings().api_host) == (KEY, cloud.host)
@@ -100,8 +101,8 @@ def test_a_stored_key_goes_to_no_other_host(home, cloud, monkeypatch):
     log_in(home, cloud.host)
     other = Cloud()
     monkeypatch.setenv("SWANLAB_API_HOST", other.host)
-    assert runs.swanlab_access() == ("", other.host)
-    assert runs.cloud_trouble() == "asks for a valid SWANLAB_API_KEY"
+    assert swanlab_record.swanlab_access() == ("", other.host)
+    assert swanlab_record.cloud_trouble() == "asks for a valid SWANLAB_API_KEY"
     other.close()
 
 
@@ -112,17 +113,17 @@ def test_a_cloud_on_this_machine_is_not_asked_through_a_proxy(home, cloud, monke
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.setenv("SWANLAB_API_KEY", KEY)
     monkeypatch.setenv("SWANLAB_API_HOST", cloud.host)
-    assert runs.cloud_trouble() == ""
+    assert swanlab_record.cloud_trouble() == ""
 
 
 def test_nobody_is_asked_without_a_front_end(home, cloud, cell, monkeypatch, tmp_path):
     """The variable is inherited by whatever is started from JupyterLab's terminal."""
     monkeypatch.setenv("JPY_SESSION_NAME", "05_lora_training.ipynb")
     monkeypatch.setenv("SWANLAB_API_HOST", cloud.host)
-    setup = (
-        f"import os, sys\nos.chdir({str(ROOT)!r})\nsys.path.insert(0, os.getcwd())\nimport dataclasses, runs, utils\n"
+    setup = f"import os, sys\nos.chdir({str(ROOT)!r})\nsys.path.insert(0, os.getcwd())\nimport dataclasses, utils\n"
+    setup += (
+        "from course import swanlab_record\nsettings = dataclasses.replace(utils.settings(), swanlab_mode='online')"
     )
-    setup += "course = dataclasses.replace(utils.settings(), swanlab_mode='online')"
     sources = (setup, cell("05_lora_training", "SwanLab mode:"))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     headless.execute(notebook, tmp_path / "x.ipynb", 60)
@@ -134,13 +135,13 @@ def test_a_front_end_that_refuses_the_question_is_nobody(monkeypatch, home, erro
     def refuse(_):
         raise error
 
-    monkeypatch.setattr(runs, "somebody_can_answer", lambda: True)
-    monkeypatch.setattr(runs, "getpass", refuse)
-    assert not runs.ask_for_key()
+    monkeypatch.setattr(swanlab_record, "somebody_can_answer", lambda: True)
+    monkeypatch.setattr(swanlab_record, "getpass", refuse)
+    assert not swanlab_record.ask_for_key()
 
 
 def test_the_kernel_still_says_whether_it_may_ask():
-    """`runs.somebody_can_answer` reads what ipykernel 7.4.0 keeps for itself; nothing public says it."""
+    """`swanlab_record.somebody_can_answer` reads what ipykernel 7.4.0 keeps for itself; nothing public says it."""
     from ipykernel.kernelbase import Kernel
     from IPython.core.error import StdinNotImplementedError
 

@@ -11,6 +11,10 @@ import pytest
 from conftest import ROOT
 
 import utils
+from course import plots, swanlab_record, widgets
+from course.hub import LocalHub
+from course.model_folder import model_folder
+from course.rows import load_rows
 
 GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
 
@@ -22,11 +26,11 @@ def write(path: Path, content: object) -> Path:
 
 
 def test_good_rows_come_back_with_their_three_fields(tmp_path):
-    assert utils.load_rows(write(tmp_path / "a.json", [{**GOOD, "fact": "who"}])) == [GOOD]
+    assert load_rows(write(tmp_path / "a.json", [{**GOOD, "fact": "who"}])) == [GOOD]
 
 
 def test_a_byte_order_mark_is_accepted(tmp_path):
-    assert utils.load_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == [GOOD]
+    assert load_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == [GOOD]
 
 
 @pytest.mark.parametrize(
@@ -49,14 +53,14 @@ def test_a_byte_order_mark_is_accepted(tmp_path):
 def test_a_bad_file_is_named_with_row_and_mend(tmp_path, content, said):
     path = write(tmp_path / "mine.json", content)
     with pytest.raises(utils.CourseError) as error:
-        utils.load_rows(path)
+        load_rows(path)
     assert "mine.json" in str(error.value)
     assert said in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(utils.CourseError, match=r"nowhere.json: no such file"):
-        utils.load_rows(tmp_path / "nowhere.json")
+        load_rows(tmp_path / "nowhere.json")
 
 
 def test_settings_come_from_the_environment(monkeypatch):
@@ -67,7 +71,7 @@ def test_settings_come_from_the_environment(monkeypatch):
     assert course.model == "ZhipuAI/GLM-4.5-Air"
     assert course.data == utils.ROOT / "dataset" / "heldout.json"
     with pytest.raises(utils.CourseError, match="02_download"):
-        utils.model_folder(course)
+        model_folder(course)
 
 
 @pytest.mark.parametrize(("name", "value"), [("SWANLAB_MODE", "clowd"), ("SWANLAB_PROJECT", "x")])
@@ -82,7 +86,7 @@ def test_a_pickle_checkpoint_is_refused(monkeypatch, tmp_path):
     write(tmp_path / "pytorch_model.bin", b"x")
     monkeypatch.setenv("COURSE_MODEL", str(tmp_path))
     with pytest.raises(utils.CourseError, match="safetensors"):
-        utils.model_folder(utils.settings())
+        model_folder(utils.settings())
 
 
 def test_a_step_made_from_other_data_is_refused(monkeypatch, tmp_path):
@@ -128,7 +132,7 @@ def test_a_model_of_another_kind_is_refused(monkeypatch, tmp_path):
     write(tmp_path / "model.safetensors", b"x")
     monkeypatch.setenv("COURSE_MODEL", str(tmp_path))
     with pytest.raises(utils.CourseError, match="is a qwen3 model"):
-        utils.model_folder(utils.settings())
+        model_folder(utils.settings())
 
 
 def test_special_token_spellings_stay_text(tokenizer):
@@ -156,7 +160,7 @@ def test_the_local_hub_serves_only_its_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     write(folder / "config.json", {})
-    with utils.LocalHub(folder, "a/b") as hub:
+    with LocalHub(folder, "a/b") as hub:
         base = f"{hub.endpoint}/api/v1/models/a/b/repo"
         assert urllib.request.urlopen(f"{base}?FilePath=config.json").read() == b"{}"
         for path in ("../secret.txt", "%2e%2e/secret.txt", str(tmp_path / "secret.txt")):
@@ -178,7 +182,7 @@ def chat_parts(box):
 
 
 def test_the_chat_box_answers_side_by_side_as_text():
-    box = utils.chat_box(lambda name, turns: f"<b>{name}: {turns[-1]['content']}</b>", lambda turns: str(len(turns)))
+    box = widgets.chat_box(lambda name, turns: f"<b>{name}: {turns[-1]['content']}</b>", lambda turns: str(len(turns)))
     field, button, _, _, _, columns = chat_parts(box)
     field.value = "你好"
     button.click()
@@ -189,7 +193,7 @@ def test_the_chat_box_answers_side_by_side_as_text():
 
 
 def test_the_chat_box_keeps_the_conversation_only_when_asked():
-    box = utils.chat_box(lambda name, turns: "好。", lambda turns: " / ".join(turn["content"] for turn in turns))
+    box = widgets.chat_box(lambda name, turns: "好。", lambda turns: " / ".join(turn["content"] for turn in turns))
     field, button, keep, show, prompt, _ = chat_parts(box)
     assert prompt.layout.display == "none"
     show.value = True
@@ -202,7 +206,7 @@ def test_the_chat_box_keeps_the_conversation_only_when_asked():
 
 def test_the_chat_box_shows_an_error_and_goes_on():
     answers = {"base": ["好。"]}
-    box = utils.chat_box(lambda name, turns: answers[name][0], lambda turns: "")
+    box = widgets.chat_box(lambda name, turns: answers[name][0], lambda turns: "")
     _, button, _, _, _, columns = chat_parts(box)
     button.click()
     assert columns["adapter"].children[1].value == "Q: 你是谁？ (Who are you?)\nKeyError: 'adapter'"
@@ -230,7 +234,7 @@ def test_a_check_says_whether_and_why(capsys, given, said):
 def test_the_mask_view_shows_every_token_and_two_signs(tokenizer):
     ids = tokenizer("<|user|>\n嬛<b>", add_special_tokens=False)["input_ids"]
     labels = [-100, -100, *ids[2:]]
-    view = utils.mask_view(tokenizer, ids, labels)
+    view = widgets.mask_view(tokenizer, ids, labels)
     assert view.text.splitlines()[0] == "read    ○ │<|user|>│⏎│"
     assert view.text.splitlines()[1].startswith("trained ● │嬛(2)│")
     assert f"{len(ids) - 2} of {len(ids)} tokens are trained" in view.text
@@ -238,7 +242,7 @@ def test_the_mask_view_shows_every_token_and_two_signs(tokenizer):
     assert "&lt;|user|&gt;" in view.html
     assert "<b>" not in view.html
     with pytest.raises(ValueError, match="a label belongs to each token"):
-        utils.mask_view(tokenizer, ids, labels[:-1])
+        widgets.mask_view(tokenizer, ids, labels[:-1])
 
 
 HISTORY = [
@@ -253,16 +257,16 @@ HISTORY = [
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: utils.loss_picture(HISTORY), "training from 3.00 at step 10 to 2.00 at step 20"),
-        (lambda: utils.loss_picture(HISTORY), "new facts from 6.00 at step 0 to 4.00 at step 20"),
-        (lambda: utils.loss_picture(HISTORY), "held-out from 5.00 at step 20"),
-        (lambda: utils.loss_picture([]), "nothing yet"),
-        (lambda: utils.length_picture([3, 9, 5], 10), "3 samples of 3 to 9 tokens, median 5"),
-        (lambda: utils.nearest_picture({"a": [50, 90], "b": [10]}, 80), "a: 1 of 2 at 80 or more; b: 0 of 1"),
-        (lambda: utils.share_picture({"m": {"x": 1, "y": 3}}), "x 25.0%, y 75.0%"),
-        (lambda: utils.moved_picture({"q": {0: 0.0, 1: 0.5}}), "2 matrices lora_B; 1 stand at zero"),
+        (lambda: plots.loss_picture(HISTORY), "training from 3.00 at step 10 to 2.00 at step 20"),
+        (lambda: plots.loss_picture(HISTORY), "new facts from 6.00 at step 0 to 4.00 at step 20"),
+        (lambda: plots.loss_picture(HISTORY), "held-out from 5.00 at step 20"),
+        (lambda: plots.loss_picture([]), "nothing yet"),
+        (lambda: plots.length_picture([3, 9, 5], 10), "3 samples of 3 to 9 tokens, median 5"),
+        (lambda: plots.nearest_picture({"a": [50, 90], "b": [10]}, 80), "a: 1 of 2 at 80 or more; b: 0 of 1"),
+        (lambda: plots.share_picture({"m": {"x": 1, "y": 3}}), "x 25.0%, y 75.0%"),
+        (lambda: plots.moved_picture({"q": {0: 0.0, 1: 0.5}}), "2 matrices lora_B; 1 stand at zero"),
         (
-            lambda: utils.routing_picture({"prose": numpy.eye(3)[:2]}, 1),
+            lambda: plots.routing_picture({"prose": numpy.eye(3)[:2]}, 1),
             "prose: most used is expert 0 of layer 1, 100%",
         ),
     ],
@@ -275,19 +279,19 @@ def test_a_picture_says_in_words_what_it_shows(make, said):
 
 
 def test_a_picture_escapes_its_words():
-    figure, _ = utils.axes()
-    assert '"<' not in utils.picture(figure, '"<b>"').html.replace('"data:', "")
+    figure, _ = plots.axes()
+    assert '"<' not in plots.picture(figure, '"<b>"').html.replace('"data:', "")
 
 
 def test_what_swanlab_recorded_is_read_back(tmp_path):
     with pytest.raises(utils.CourseError, match="no local SwanLab run"):
-        utils.recorded(tmp_path, "train/loss")
+        swanlab_record.recorded(tmp_path, "train/loss")
     code = f"import swanlab\nswanlab.init(project='t', experiment_name='x', mode='local', log_dir={str(tmp_path)!r})\n"
     code += "[swanlab.log({'train/loss': 3 - s}, step=s) for s in (0, 1, 2)]\nswanlab.finish()"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert utils.recorded(tmp_path, "train/loss") == {0: 3, 1: 2, 2: 1}
+    assert swanlab_record.recorded(tmp_path, "train/loss") == {0: 3, 1: 2, 2: 1}
     with pytest.raises(utils.CourseError, match="holds nothing under eval/loss"):
-        utils.recorded(tmp_path, "eval/loss")
+        swanlab_record.recorded(tmp_path, "eval/loss")
 
 
 def test_figures_of_many_processes_all_arrive(tmp_path):
@@ -306,7 +310,7 @@ def test_progress_yields_every_item_and_ends_full(monkeypatch):
             shown.append(bar)
 
     monkeypatch.setattr("IPython.display.display", lambda bar, display_id: shown.append(bar) or Handle())
-    assert list(utils.progress(["a", "b"], "letters")) == ["a", "b"]
+    assert list(widgets.progress(["a", "b"], "letters")) == ["a", "b"]
     assert [re.search("letters: (.*?)(, about|</div>)", bar.html)[1] for bar in shown] == ["0 of 2", "1 of 2", "2 of 2"]
     assert "s left" in shown[1].html
     assert "left" not in shown[0].html + shown[2].html
@@ -318,6 +322,6 @@ def test_a_watched_command_gives_what_subprocess_run_gives(monkeypatch):
     handle = type("Handle", (), {"update": staticmethod(shown.append)})
     monkeypatch.setattr("IPython.display.display", lambda bar, display_id: handle)
     code = "import sys; print('step 1/2'); print('x' * 200_000, file=sys.stderr); print('step 2/2'); sys.exit(3)"
-    done = utils.watched([sys.executable, "-c", code], dict(os.environ))
+    done = widgets.watched([sys.executable, "-c", code], dict(os.environ))
     assert (done.returncode, done.stdout, done.stderr) == (3, "step 1/2\nstep 2/2\n", "x" * 200_000 + "\n")
     assert ["1 of 2" in bar.html or "2 of 2" in bar.html for bar in shown] == [True, True]

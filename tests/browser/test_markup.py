@@ -14,19 +14,20 @@ SETUP = f"""
 import sys
 sys.path.append("../..")
 import utils
+from course import plots, widgets
 MARKUP = {MARKUP!r}
 class Tokenizer:
     def decode(self, ids):
         return MARKUP
 """
 WAYS = {
-    "chat box": "utils.chat_box(lambda name, turns: MARKUP, lambda turns: MARKUP)",
-    "chat box, error": "utils.chat_box(lambda name, turns: exec('raise ValueError(MARKUP)'), lambda turns: MARKUP)",
-    "mask view": "utils.mask_view(Tokenizer(), [1, 2], [-100, 2])",
+    "chat box": "widgets.chat_box(lambda name, turns: MARKUP, lambda turns: MARKUP)",
+    "chat box, error": "widgets.chat_box(lambda name, turns: exec('raise ValueError(MARKUP)'), lambda turns: MARKUP)",
+    "mask view": "widgets.mask_view(Tokenizer(), [1, 2], [-100, 2])",
     "table": "utils.table([[MARKUP, 1]], ('answer', 'n'))",
     "table with Chinese": "utils.table([[MARKUP, '你是谁？']], ('answer', 'question'))",
-    "picture": "utils.picture(utils.axes()[0], MARKUP)",
-    "picture of losses": "utils.loss_picture([{f'eval_{MARKUP}_loss': 1.0, 'step': 1}])",
+    "picture": "plots.picture(plots.axes()[0], MARKUP)",
+    "picture of losses": "plots.loss_picture([{f'eval_{MARKUP}_loss': 1.0, 'step': 1}])",
     "check": "utils.check(1, (lambda answer: False, MARKUP))",
     "text": "print(MARKUP)\nMARKUP",
     "error": "raise utils.CourseError(MARKUP)",
