@@ -95,7 +95,7 @@ class GroupedExperts(Glm4MoeExperts):
         self.packed: dict[str, Any] = {}
         self.first_expert = 0
 
-    def weight(self, name: str, experts: torch.Tensor | None = None) -> torch.Tensor:
+    def read(self, name: str, experts: torch.Tensor | None = None) -> torch.Tensor:
         """The fused tensor (experts, out, in), unpacked if it is stored in 4 bits; of some experts only if given."""
         stored = getattr(self, name)
         return quantize.unpacked(stored, self.packed[name], experts) if name in self.packed else stored
@@ -114,7 +114,7 @@ class GroupedExperts(Glm4MoeExperts):
 
     def _project(self, name: str, x: torch.Tensor, ends: torch.Tensor, experts: torch.Tensor | None) -> torch.Tensor:
         """Rows sorted by expert (slots, in) -> (slots, out): the weights' product and the adapter's."""
-        weight = self.weight(name, experts)
+        weight = self.read(name, experts)
         x = x.to(weight.dtype)
         y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
         if (found := self._factors(name, experts)) is None:

@@ -22,6 +22,15 @@ class Glm4Moe(Glm4MoeForCausalLM):
         super().__init__(config)
         self._keys_to_ignore_on_load_unexpected = {re.escape(mtp_layer_prefix(config))}
 
+    # transformers looks into the source of the class's module for these two, and does not find its own classes here.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
 
 class GroupedGlm4Moe(Glm4Moe):
     """The same with experts that compute an adapter's update as grouped products."""

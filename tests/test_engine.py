@@ -336,23 +336,23 @@ def test_unpacking_some_experts_is_unpacking_all_and_choosing(four_bit):
     seen = 0
     for layer in grouped_layers(four_bit):
         for name in layer.packed:
-            whole = layer.weight(name)
+            whole = layer.read(name)
             assert whole.shape[0] == four_bit.config.n_routed_experts and whole.abs().max() > 0
-            assert torch.equal(layer.weight(name, some), whole[some])
-            assert torch.equal(layer.weight(name, some[1:2]), whole[3:4])
+            assert torch.equal(layer.read(name, some), whole[some])
+            assert torch.equal(layer.read(name, some[1:2]), whole[3:4])
             seen += 1
     assert seen == 2 * (four_bit.config.num_hidden_layers - 1)
 
 
 def test_answering_unpacks_only_who_is_asked_and_says_the_same(four_bit, samples, monkeypatch):
     model = adapted(four_bit, packed=False).eval()
-    base, asked, weight = model.get_base_model(), [], experts.GroupedExperts.weight
+    base, asked, read = model.get_base_model(), [], experts.GroupedExperts.read
 
     def noted(layer, name, some=None):
         asked.append(None if some is None else len(some))
-        return weight(layer, name, some)
+        return read(layer, name, some)
 
-    monkeypatch.setattr(experts.GroupedExperts, "weight", noted)
+    monkeypatch.setattr(experts.GroupedExperts, "read", noted)
     base.config.use_cache = True
     ids = torch.tensor([samples[0]["input_ids"]])
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
