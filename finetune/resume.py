@@ -19,6 +19,7 @@ from filelock import Timeout
 
 import utils
 from course.language import say
+from course.model_folder import whole
 
 #: How safetensors and Python say that the disk or its quota is full, and how torch says that a file came out short.
 FULL_DISK = re.compile(
@@ -86,7 +87,7 @@ def newest_checkpoint(folder: Path, delete: bool = True) -> str | None:
     newest = None
     for path in map(Path, sort_checkpoints(str(folder))):
         if written_to_its_end(path):
-            newest = str(utils.whole(path))
+            newest = str(whole(path))
         elif delete:
             print(say("{name} was not written to its end; it is deleted", name=path.name))
             shutil.rmtree(path)

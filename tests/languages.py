@@ -46,17 +46,16 @@ HELPERS = (
     "course/rows.py",
     "course/swanlab_record.py",
     "course/widgets.py",
-    "runs.py",
-<<<<<<< HEAD
     "finetune/planner.py",
-    "finetune/model.py",
+    "finetune/machine.py",
+    "finetune/resume.py",
+    "finetune/lora.py",
+    "finetune/checkpoint.py",
+    "finetune/parallel.py",
+    "finetune/packing.py",
     "finetune/train.py",
-    "model_check.py",
-=======
-    "planner.py",
-    "full_size.py",
-    "train.py",
->>>>>>> house-course
+    "finetune/chat.py",
+    "finetune/__main__.py",
     "tests/run_series.py",
     "tests/headless.py",
 )

@@ -17,8 +17,9 @@ from string import Formatter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLE = "‹›"
-MODULES = ("utils.py", "runs.py", "planner.py", "full_size.py", "train.py", "tests/headless.py")
+MODULES = ("utils.py", "tests/headless.py")
 MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob("*.py")))
+MODULES += tuple(f"finetune/{path.name}" for path in sorted((ROOT / "finetune").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
 SPEAKING = {
     "_download_advice",

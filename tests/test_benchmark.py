@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import nbformat
-import planner
 import pytest
 from conftest import ROOT
+
+from finetune import planner
+from finetune.machine import CARDS, Machine
 
 MEASURED = ROOT / "benchmarks" / "measured.jsonl"
 
@@ -63,8 +65,8 @@ def test_the_prediction_for_four_gpus_is_the_planners():
     for line in lines:
         _, gpus, samples, step, tokens, gib, _ = (cell.strip() for cell in line.split("|"))
         count, card = gpus.split(" x ")
-        machine = planner.Machine(int(count), planner.CARDS[card].gib, card, 512, 500)
-        made = planner.plan(bits=16, processes=int(count), samples=int(samples), machine=machine)
+        machine = Machine(int(count), CARDS[card].gib, card, 512, 500)
+        made = planner.plan(recipe=planner.Recipe(int(samples)), processes=int(count), machine=machine)
         assert made.fits and f"{made.step_seconds:.2f}" == step and f"{made.peak:.1f}" == gib, line
         assert f"{int(samples) * 60.6 / made.step_seconds:,.0f}" == tokens, line
 

@@ -5,11 +5,8 @@ import json
 import re
 from types import SimpleNamespace
 
-import full_size
 import messages
-import planner
 import pytest
-import runs
 import workshop
 from conftest import ROOT
 
@@ -17,6 +14,8 @@ import utils
 from course import download, swanlab_record, widgets
 from course.model_folder import model_folder
 from course.rows import load_rows
+from finetune import checkpoint, lora, packing, planner, resume
+from finetune.machine import Machine
 
 TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
@@ -231,7 +230,7 @@ def model_of(folder, *names, kind="glm4_moe"):
 
 
 def full(gpus=1, gib=24.0, disk=500.0, **how):
-    return planner.plan(machine=planner.Machine(gpus, gib, "H100", 64, disk), **how).require_fit
+    return planner.plan(machine=Machine(gpus, gib, "H100", 64, disk), **how).require_fit
 
 
 def stopped(tmp_path, error):
@@ -241,13 +240,13 @@ def stopped(tmp_path, error):
         add_callback=lambda one: None,
         remove_callback=lambda one: None,
     )
-    with runs.stoppable(trainer):
+    with resume.stoppable(trainer):
         raise error
 
 
 def torn(tmp_path):
     (tmp_path / "checkpoint-50").mkdir()
-    runs.newest_checkpoint(tmp_path)
+    resume.newest_checkpoint(tmp_path)
 
 
 CASES = {
@@ -272,13 +271,12 @@ CASES = {
     "○ open": lambda t, m: utils.check(...),
     "✗ not yet": lambda t, m: utils.check(3, (lambda a: a > 3, "more")),
     "a label belongs to each token": lambda t, m: widgets.mask_view(None, [1], []),
-    "no such group": lambda t, m: full_size.lora_config(8, ("head",)),
-    "peft refuses dropout": lambda t, m: full_size.attach(None, SimpleNamespace(lora_dropout=1, target_parameters=[1])),
-    "16 (bf16, float32 on a CPU) or 4": lambda t, m: full_size.load_model(t, bits=3),
-    "shards are missing": lambda t, m: full_size.check_shards(t),
-    "is cut short or damaged": lambda t, m: full_size.shard_header(model_of(t) / "config.json"),
-    "no adapter_config.json": lambda t, m: full_size.load_adapter(None, t),
-    "Packed attention got a batch": lambda t, m: full_size.packed_attention(None, None, None, None, None, 1.0),
+    "no such group": lambda t, m: lora.lora_config(8, ("head",)),
+    "peft refuses dropout": lambda t, m: lora.attach(None, SimpleNamespace(lora_dropout=1, target_parameters=[1])),
+    "shards are missing": lambda t, m: checkpoint.check_shards(t),
+    "is cut short or damaged": lambda t, m: checkpoint.shard_header(model_of(t) / "config.json"),
+    "no adapter_config.json": lambda t, m: lora.load_adapter(None, t),
+    "Packed attention got a batch": lambda t, m: packing.packed_attention(None, None, None, None, None, 1.0),
     "This needs ‹n› GiB on each device": lambda t, m: full()(),
     "processes were started for": lambda t, m: full(processes=2)(),
     "Three checkpoints take": lambda t, m: full(gib=300.0, disk=1.0)(),
@@ -293,14 +291,14 @@ def test_a_message_that_is_provoked_is_on_the_page(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("gpus", "gib", "rank", "entry"),
     [
-        (4, 80.0, 8, "torchrun --nproc-per-node ‹n› train.py --bits ‹n› --samples ‹n› --passes ‹n›."),
+        (4, 80.0, 8, "torchrun --nproc-per-node ‹n› -m finetune train --batch-size ‹n›."),
         (1, 24.0, 8, "would do (‹n› GiB each)."),
         (1, 24.0, 4096, "Nothing up to 16 GPUs"),
     ],
 )
 def test_the_advice_of_a_plan_is_on_the_page(gpus, gib, rank, entry):
-    machine = planner.Machine(gpus, gib, "H100", 64, 99_999)
-    advice = planner.plan(machine=machine, rank=rank).advice
+    machine = Machine(gpus, gib, "H100", 64, 99_999)
+    advice = planner.plan(recipe=planner.Recipe(lora_rank=rank), machine=machine).advice
     assert entry in best_entry(advice), advice
 
 

@@ -1,4 +1,4 @@
-"""Faults in the middle of training: notebook 05's own cells, and train.py, in processes that are killed.
+"""Faults in the middle of training: notebook 05's own cells, and the command, in processes that are killed.
 
 Whatever happens, running the same again has to end with the very numbers of a run that nothing disturbed.
 """
@@ -19,17 +19,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import runs
 from test_training import run_notebook
 from training_process import ROOT, Run, cells, run_cells, run_script
 
 import utils
 from course import swanlab_record
 from course.model_folder import whole
+from finetune import resume
 
 AREA = "training"
 EQUAL = "final loss and adapter equal the uninterrupted run's, bit by bit"
-SCRIPT = "--samples 4 --epochs 2 --save-steps 3".split()
+SCRIPT = "--batch-size 4 --epochs 2 --save-steps 3".split()
 KEPT = re.compile(r"checkpoint-(\d+) holds the adapter and all that is needed to go on: run this again\.")
 
 
@@ -120,7 +120,7 @@ def test_two_runs_that_nothing_disturbs_are_equal(undisturbed, course):
 
 def assert_clear(run, *said):
     """One message of the course, no stack trace, whatever else the run has printed."""
-    messages = [line for line in run.said.splitlines() if line.startswith(("CourseError: ", "train.py: "))]
+    messages = [line for line in run.said.splitlines() if line.startswith(("CourseError: ", "finetune: "))]
     assert len(messages) == 1, run.said
     assert "Traceback" not in run.said
     for one in said:
@@ -140,7 +140,7 @@ def test_two_that_train_into_one_folder(course, undisturbed, second, fault):
     fault.record(
         AREA,
         "two trainings with one output folder",
-        f"notebook 05 trains, then a second {'kernel' if second == 'notebook' else 'train.py'} begins",
+        f"notebook 05 trains, then a second {'kernel' if second == 'notebook' else 'the command'} begins",
         "the second stops with one message; the first ends as if alone",
     )
 
@@ -149,12 +149,12 @@ def test_a_killed_training_keeps_no_claim(course):
     run = course.notebook()
     assert run.wait_for(lambda: step(run) >= 1), run.said
     with pytest.raises(utils.CourseError, match="Another kernel trains into"):
-        runs.claim(course.out / "lora")
+        resume.claim(course.out / "lora")
     run.kill()
-    runs.claim(course.out / "lora")
-    runs.claim(course.out / "lora")  # a cell that is run twice
-    runs.release(course.out / "lora")
-    runs.release(course.out / "lora")
+    resume.claim(course.out / "lora")
+    resume.claim(course.out / "lora")  # a cell that is run twice
+    resume.release(course.out / "lora")
+    resume.release(course.out / "lora")
 
 
 # ---------------------------------------------------------------------------------------- killed processes
@@ -267,9 +267,9 @@ def test_a_torn_checkpoint_is_never_resumed_from(undisturbed, tmp_path, capsys, 
         file.write_bytes(data[: len(data) // 2] if how == "half" else b"")
     if (name, how) == ("adapter_model.safetensors", "gone"):  # nothing tells this from a checkpoint of pickles
         with pytest.raises(utils.CourseError, match=f"{torn.name}: no \\*.safetensors there"):
-            runs.newest_checkpoint(tmp_path)
+            resume.newest_checkpoint(tmp_path)
         return
-    assert runs.newest_checkpoint(tmp_path) == str(tmp_path / whole.name)
+    assert resume.newest_checkpoint(tmp_path) == str(tmp_path / whole.name)
     assert capsys.readouterr().out == f"{torn.name} was not written to its end; it is deleted\n"
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
 
@@ -454,7 +454,7 @@ trainer.add_callback(Slow())
 """
 
 
-# ------------------------------------------------------------------------------------------------- train.py
+# ------------------------------------------------------------------------------------------------- the command
 
 STEPS = """
 from transformers.trainer_callback import DefaultFlowCallback
@@ -480,7 +480,7 @@ def test_train_py_killed_ten_times_and_interrupted(prepared, tmp_path, fault):
     assert_same_adapter(course, undisturbed)
     fault.record(
         AREA,
-        "train.py is killed ten times in one training, then interrupted",
+        "the command is killed ten times in one training, then interrupted",
         "SIGKILL at ten random moments (seeded), then Ctrl-C",
         "it resumes each time; Ctrl-C ends in one message, after a checkpoint whose adapter loads; the final adapter "
         "equals the uninterrupted run's, bit by bit",
@@ -582,8 +582,9 @@ def swanlab_cloud(how):
 def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(
     cell, monkeypatch, capsys, tmp_path, fault, how, injected, said
 ):
-    import train
     from swanlab.integration.transformers import SwanLabCallback  # noqa: F401  importing is not waiting
+
+    from finetune import train
 
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     course = dataclasses.replace(utils.settings(), swanlab_mode="online", output=tmp_path)
@@ -604,7 +605,7 @@ def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(
         AREA,
         f"SwanLab: {how}",
         injected,
-        "noticed in less than five seconds, in notebook 05 and train.py; the run is recorded locally",
+        "noticed in less than five seconds, in notebook 05 and the command; the run is recorded locally",
     )
 
 
@@ -701,7 +702,7 @@ TORN = """
 import sys, time
 from pathlib import Path
 import torch.distributed as dist
-import runs
+from finetune import resume
 
 folder, order = Path(sys.argv[1]), sys.argv[2] == "in order"
 dist.init_process_group("gloo")
@@ -709,9 +710,9 @@ if dist.get_rank() == 0 and order:
     time.sleep(2)  # the first process still writes
     (folder / "checkpoint-1" / "written").touch()
 seen = []
-runs.written_to_its_end = lambda path: seen.append(path) or (path / "written").exists()
-runs.whole = lambda path: path
-print(dist.get_rank(), runs.kept_checkpoint(folder, order), len(seen), flush=True)
+resume.written_to_its_end = lambda path: seen.append(path) or (path / "written").exists()
+resume.whole = lambda path: path
+print(dist.get_rank(), resume.kept_checkpoint(folder, order), len(seen), flush=True)
 dist.destroy_process_group()
 """
 

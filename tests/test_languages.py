@@ -26,7 +26,7 @@ BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "ga
 BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared experts", "routed experts", "this model"}
 BY_NAME |= {"by row", "by group", "prose, base", "her answers, base", "prose, adapter", "her answers, adapter"}
 #: English in both languages: notebook 08 and the bar of `widgets.watched` read these lines.
-READ_BY_CODE = {"resuming from", "nothing: a new run", "step ", "train.py: "}
+READ_BY_CODE = {"resuming from", "nothing: a new run", "step ", "finetune: "}
 SAYS = {"say", "say_in", "glossed"}
 
 
@@ -388,7 +388,7 @@ def test_a_helper_speaks_where_it_is_called_and_through_functions_of_a_notebook(
         "defines": "def draw(h):\n    return plots.loss_picture(h)",
         "calls": "draw(history)",
         "deeper": "class Live:\n    def on_log(self):\n        draw(1)",
-        "plan": "print(planner.plan(bits=4).text())",
+        "plan": "print(planner.plan(recipe=planner.Recipe(load_in_4bit=True)).text())",
         "by name": "from course.rows import load_rows\nload_rows(path)",
         "named before": "load_rows(path)",
         "caught": "try:\n    f()\nexcept utils.CourseError as error:\n    print(error)",

@@ -9,13 +9,13 @@ import sys
 from xml.etree import ElementTree
 
 import matplotlib.font_manager
-import planner
 import pytest
 import secret_scan
 from conftest import ROOT
 
 import utils
 from course import plots
+from finetune.config import AIR, lora_parameters, parameters, tensors
 
 IMAGES = ROOT / "images"
 FONT = IMAGES / "fonts" / "HuanhuanHei.otf"
@@ -159,16 +159,16 @@ def test_row_and_text_are_those_of_the_template(tokenizer, sample):
 
 
 def test_lora_numbers_are_the_planners():
-    svg, air = root("lora_experts.svg"), planner.AIR
+    svg, air = root("lora_experts.svg"), AIR
     rows = {line[0]: line[1:] for line in map(texts, groups(svg, "row"))}
-    trained = planner.adapter_parameters(air, 8)
+    trained = lora_parameters(air, 8)
     moe, dense = air.num_hidden_layers - air.first_k_dense_replace, air.first_k_dense_replace
     weights = {"attention": 4 * (moe + dense), "dense": 3 * dense, "shared experts": 3 * moe, "routed experts": 2 * moe}
     expected = {{"dense": "dense layer"}.get(name, name): [str(weights[name]), f"{n:,}"] for name, n in trained.items()}
     assert rows == {**expected, "all": [str(sum(weights.values())), f"{sum(trained.values()):,}"]}
     told = " ".join(texts(svg))
     share = trained["routed experts"] / sum(trained.values())
-    everything = sum(planner.parameters(air).values())
+    everything = sum(parameters(air).values())
     assert f"{100 * share:.1f} % of it in the routed experts" in told
     assert f"{100 * sum(trained.values()) / everything:.1f} % of {everything:,} parameters" in told
     assert all(f"{n:,}" in svg.find(f"{SVG}desc").text for n in trained.values())
@@ -176,9 +176,9 @@ def test_lora_numbers_are_the_planners():
 
 
 def test_lora_shapes_are_the_models():
-    of = {name.removesuffix(".weight"): shape for name, shape, _ in planner.tensors(planner.AIR)}
+    of = {name.removesuffix(".weight"): shape for name, shape, _ in tensors(AIR)}
     attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
-    experts, (wide, hidden) = planner.AIR.n_routed_experts, of[f"{mlp}.experts.0.up_proj"]
+    experts, (wide, hidden) = AIR.n_routed_experts, of[f"{mlp}.experts.0.up_proj"]
     expected = [of[f"{attention}.{name}_proj"] for name in "qkvo"]
     expected += [of[f"{mlp}.shared_experts.{name}_proj"] for name in ("gate", "up", "down")]
     expected += [of[f"{mlp}.gate"], (experts, 2 * wide, hidden), (experts, hidden, wide)]

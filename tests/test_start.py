@@ -23,11 +23,11 @@ import pytest
 from faulty_hub import refused_port
 from modelscope_hub.config import set_default_config
 
-import runs
 import utils
 from course import download
 from course.hub import LocalHub
 from course.model_folder import whole
+from finetune import resume
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_ID = "owner/name"
@@ -258,7 +258,7 @@ def test_another_utils_on_the_path_does_not_win(tmp_path, language, number):
     (path,) = (ROOT / "notebooks" / language).glob(f"0{number}_*.ipynb")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    for name in ("utils", "course", "runs", "planner"):
+    for name in ("utils", "course", "finetune"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('another module of this name')")
     code = first.split("settings = ")[0] + "print(utils.ROOT)"
     done = subprocess.run(
@@ -349,17 +349,18 @@ def test_the_modules_start_where_there_is_no_fcntl_and_no_resource(tmp_path):
 import psutil, sys, warnings
 warnings.simplefilter("ignore")
 sys.modules["fcntl"] = sys.modules["resource"] = None
-import utils, runs
+import utils
+from finetune import resume
 course = utils.settings()
 utils.report(course, a=1)
 utils.report(course, b=2)
-runs.claim(course.output / "lora")
-runs.release(course.output / "lora")
+resume.claim(course.output / "lora")
+resume.release(course.output / "lora")
 print(utils.peak_memory_gib() > 0.01, (course.output / "report.json").read_text())
 del sys.modules["fcntl"], sys.modules["resource"]
 import datasets, peft, transformers.trainer  # these look for Linux in other ways, so they are given both
 sys.modules["fcntl"] = sys.modules["resource"] = None
-import full_size, planner, train
+import finetune.__main__, finetune.train, finetune.chat
 import course.download, course.hub, course.model_folder, course.plots, course.rows, course.startup
 import course.swanlab_record, course.widgets
 """
@@ -379,8 +380,8 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_the_course(monkey
     monkeypatch.setattr(fcntl, "flock", no_flock)
     course = dataclasses.replace(utils.settings(), output=tmp_path)
     utils.report(course, a=1)
-    runs.claim(tmp_path / "lora")
-    runs.release(tmp_path / "lora")
+    resume.claim(tmp_path / "lora")
+    resume.release(tmp_path / "lora")
     assert json.loads((tmp_path / "report.json").read_text()) == {"a": 1}
     assert capsys.readouterr().out.count("this file system knows no locks") == 2
 
@@ -393,21 +394,22 @@ def test_any_other_error_of_a_lock_is_not_hidden(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fcntl, "flock", broken)
     with pytest.raises(OSError, match="broken"):
-        runs.claim(tmp_path / "lora")
+        resume.claim(tmp_path / "lora")
 
 
 def test_a_claim_ends_with_a_process_that_is_killed(tmp_path):
     code = f"""
-import runs, time
+import time
 from pathlib import Path
-runs.claim(Path({str(tmp_path / "lora")!r}))
+from finetune import resume
+resume.claim(Path({str(tmp_path / "lora")!r}))
 print(1, flush=True)
 time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
         with pytest.raises(utils.CourseError, match="Another kernel trains into"):
-            runs.claim(tmp_path / "lora")
+            resume.claim(tmp_path / "lora")
         other.kill()
-    runs.claim(tmp_path / "lora")
-    runs.release(tmp_path / "lora")
+    resume.claim(tmp_path / "lora")
+    resume.release(tmp_path / "lora")

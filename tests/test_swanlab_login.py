@@ -49,7 +49,7 @@ def log_in(home, host):
 
 
 def test_the_command_records_online_after_swanlab_login(home, cloud, capsys, tmp_path):
-    import train
+    from finetune import train
 
     log_in(home, cloud.host)
     course = dataclasses.replace(utils.settings(), swanlab_mode="online", output=tmp_path / "output")

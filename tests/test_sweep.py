@@ -4,10 +4,11 @@ import importlib.util
 import json
 from collections import defaultdict
 
-import full_size
 import nbformat
 import pytest
 from conftest import ROOT
+
+from finetune.lora import lora_config
 
 SPEC = importlib.util.spec_from_file_location("sweep", ROOT / "benchmarks" / "sweep.py")
 sweep = importlib.util.module_from_spec(SPEC)
@@ -50,7 +51,7 @@ def test_the_best_pair_has_neighbours_on_every_side_and_three_seeds():
 def test_the_course_uses_a_pair_that_three_seeds_cannot_tell_from_the_best():
     notebook = nbformat.read(ROOT / "notebooks" / "en" / "05_lora_training.ipynb", as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    alpha = full_size.lora_config(8).lora_alpha
+    alpha = lora_config(8).lora_alpha
     assert f"lora_alpha={alpha}," in code and "learning_rate=4e-3 if small" in code
     found = cells()
     best = min(found.values(), key=sum)

@@ -1,4 +1,4 @@
-"""`train.py` against notebook 05 on the same rows, on two processes, interrupted, and given what it cannot use."""
+"""`python -m finetune` against notebook 05 on the same rows, on two processes, interrupted, and given bad input."""
 
 import json
 import os
@@ -8,18 +8,19 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
-import full_size
 import nbformat
-import planner
 import pytest
 import torch
-import train
 from conftest import ROOT
 from datasets import load_from_disk
 from nbclient import NotebookClient
 from safetensors.torch import load_file
 
 import utils
+from finetune import __main__ as commands
+from finetune import lora, resume, train
+from finetune import machine as machines
+from finetune.machine import Machine
 
 EPOCHS, STEPS = 3, 9  # 44 rows: two steps of 16 and one of 12 in each epoch
 
@@ -43,12 +44,12 @@ def lesson(name, changes=()):
 
 
 def run_train(output, data, *arguments, processes=1, code=None):
-    """Run train.py as a user does, or `code` in its place; return what it printed."""
+    """Run the command as a user does, or `code` in its place; return what it printed."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["--no-python", sys.executable] if code else []
-    command += ["-c", code] if code else [str(ROOT / "train.py")]
+    command += ["-c", code] if code else ["-m", "finetune", "train"]
     done = subprocess.run(
         [*command, *arguments], env=environment(output, data), cwd=ROOT, capture_output=True, text=True, timeout=240
     )
@@ -115,16 +116,17 @@ def far(found, expected):
 # ------------------------------------------------------------------------------- the notebook and the script
 
 EVERY_STEP = """
-import sys, train
+import sys
+from finetune import __main__ as commands, train
 usual = train.TrainingArguments
 train.TrainingArguments = lambda **given: usual(**(given | {"logging_steps": 1}))
-sys.exit(train.main())
+sys.exit(commands.main(["train", *sys.argv[1:]]))
 """
 
 
 @pytest.fixture(scope="module")
 def both_ways(prepared, data):
-    """Notebook 05 and train.py, three epochs each, every step logged."""
+    """Notebook 05 and the command, three epochs each, every step logged."""
     notebook, script = prepared("notebook"), prepared("script")
     epochs = ("max(3, -(-60 // -(-len(train) // 16)))", str(EPOCHS))
     cells = lesson("05_lora_training", [epochs, ("logging_steps=10", "logging_steps=1")])
@@ -188,7 +190,7 @@ def two_processes(prepared, data):
 
 def test_two_processes_train_what_one_does(one_process, two_processes):
     output, printed = two_processes
-    assert "2 process(es), 16 samples a step" in printed
+    assert "2 process(es), batch size 16" in printed
     assert printed.count("trainable parameters: {") == 1 and "resuming from nothing" in printed
     difference = far(adapter_of(output), adapter_of(one_process))
     print(difference)
@@ -223,6 +225,12 @@ def test_an_interrupted_run_of_two_processes_ends_where_it_would_have(two_proces
 # ------------------------------------------------------------------------------------- the command line
 
 
+def on_machine(monkeypatch, machine):
+    """Let the command and notebook 05 plan for this machine."""
+    monkeypatch.setattr(train, "this_machine", lambda _: machine)
+    monkeypatch.setattr(machines, "this_machine", lambda _: machine)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys, data, tmp_path):
     """Run the command line in this process: status, what it printed, what it complained of."""
@@ -231,37 +239,38 @@ def command(monkeypatch, capsys, data, tmp_path):
         course = {"COURSE_OUTPUT": str(output), "COURSE_DATA": str(rows), "SWANLAB_MODE": "disabled"}
         for name, value in course.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        status = train.main()
+        status = commands.main(list(arguments))
         return (status, *capsys.readouterr())
 
     return run
 
 
 def test_the_plan_needs_no_tokens(command, tmp_path):
-    status, printed, complaint = command("--plan")
+    status, printed, complaint = command("plan")
     assert status == 0 and not complaint
     assert "701,952 trainable parameters" in printed
-    assert "16 samples a step in 1 pass(es), without activation checkpointing" in printed
+    assert "batch size 16, gradient accumulation 1, without gradient checkpointing" in printed
     assert printed.splitlines()[-1].strip() == "fits"
     assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_of_the_large_model_needs_no_weights(command, monkeypatch):
     monkeypatch.setenv("COURSE_MODEL", "ZhipuAI/GLM-4.5-Air")
-    status, printed, _ = command("--plan", "--bits", "4")
+    status, printed, _ = command("plan", "--load-in-4bit")
     assert status == 0
-    assert "594,261,504 trainable parameters" in printed and "with activation checkpointing" in printed
+    assert "594,261,504 trainable parameters" in printed and "with gradient checkpointing" in printed
 
 
 def test_without_tokens_it_says_which_notebook_to_run(command, tmp_path):
-    status, printed, complaint = command()
+    status, printed, complaint = command("train")
     assert status == 1 and not printed
-    assert complaint.startswith("train.py: ") and "Run notebook 04_chat_template first" in complaint
+    assert complaint.startswith("finetune: ") and "Run notebook 04_chat_template first" in complaint
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("other", ["--max-steps 4", "--epochs 4", "--passes 2", "--learning-rate 1e-3", "--seed 7"])
+@pytest.mark.parametrize(
+    "other", ["--max-steps 4", "--epochs 4", "--gradient-accumulation-steps 2", "--learning-rate 1e-3", "--seed 7"]
+)
 def test_what_decides_the_schedule_decides_whether_a_run_goes_on(command, prepared, monkeypatch, other):
     """A run that was interrupted under other settings would go on with another learning rate or other rows."""
     output, asked = prepared("schedule " + other.split()[0]), []
@@ -270,45 +279,45 @@ def test_what_decides_the_schedule_decides_whether_a_run_goes_on(command, prepar
         asked.append(made_with)
         raise utils.CourseError("far enough")
 
-    monkeypatch.setattr(train, "start_or_resume", remember)
+    monkeypatch.setattr(resume, "start_or_resume", remember)
     for arguments in ("--max-steps 6".split(), "--max-steps 6".split(), other.split()):
-        assert command(*arguments, output=output)[0] == 1
+        assert command("train", *arguments, output=output)[0] == 1
     assert asked[0] == asked[1] != asked[2]
 
 
 @pytest.mark.parametrize("changed", ["warmup_steps", "lr_scheduler_type", "alpha"])
 def test_what_stands_in_the_code_decides_it_too(command, prepared, monkeypatch, changed):
-    output, asked, usual, lora = prepared("code"), [], train.TrainingArguments, full_size.lora_config
+    output, asked, usual, usual_lora = prepared("code"), [], train.TrainingArguments, lora.lora_config
 
     def remember(run_folder, course, made_with):
         asked.append(made_with)
         raise utils.CourseError("far enough")
 
-    monkeypatch.setattr(train, "start_or_resume", remember)
-    assert command(output=output)[0] == 1
+    monkeypatch.setattr(resume, "start_or_resume", remember)
+    assert command("train", output=output)[0] == 1
     if changed == "alpha":
-        other = lambda *given: lora(*given).__class__(**(lora(*given).to_dict() | {"lora_alpha": 8}))  # noqa: E731
-        monkeypatch.setattr(full_size, "lora_config", other)
+        other = lambda *given: usual_lora(*given).__class__(**(usual_lora(*given).to_dict() | {"lora_alpha": 8}))  # noqa: E731
+        monkeypatch.setattr(lora, "lora_config", other)
     else:
         value = {"warmup_steps": 0.2, "lr_scheduler_type": "linear"}[changed]
         monkeypatch.setattr(train, "TrainingArguments", lambda **given: usual(**(given | {changed: value})))
-    assert command(output=output)[0] == 1
+    assert command("train", output=output)[0] == 1
     assert asked[0] != asked[1]
 
 
 OWN_ROOM = """
 import os, sys
 from dataclasses import replace
-import planner, train
+from finetune import __main__ as commands, planner, train
 usual = planner.plan
 rows = 40 if os.environ["RANK"] == "0" else 5
-planner.plan = lambda *given, **named: replace(usual(*given, **named), held_out_rows=rows)
+planner.plan = lambda *given, **named: replace(usual(*given, **named), eval_batch_size=rows)
 class Told(train.ShardedTrainer):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
         print("@rows", self.args.per_device_eval_batch_size, flush=True)
 train.ShardedTrainer = Told
-sys.exit(train.main())
+sys.exit(commands.main(["train", *sys.argv[1:]]))
 """
 
 
@@ -319,12 +328,12 @@ def test_all_processes_evaluate_as_many_rows_at_once_as_the_fullest_can(prepared
 
 def test_a_variable_left_by_a_launcher_ends_in_one_message(command, prepared, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, complaint = command(output=prepared("left"))
+    status, _, complaint = command("train", output=prepared("left"))
     assert status == 1 and "Unset WORLD_SIZE" in complaint and complaint.count("\n") == 1
 
 
 def test_the_plan_is_of_the_real_rows(command, prepared):
-    _, printed, _ = command("--plan", "--samples", "16", output=prepared("planned"))
+    _, printed, _ = command("plan", "--batch-size", "16", output=prepared("planned"))
     assert "time: 60 steps" in printed  # 44 rows: three steps an epoch, and at least 60
 
 
@@ -344,10 +353,10 @@ def long_rows(tmp_path_factory):
 
 
 def test_long_rows_are_planned_at_their_real_length(command, data, prepared, long_rows, monkeypatch):
-    monkeypatch.setattr(planner, "this_machine", lambda _: planner.Machine(0, 0.0, "CPU", 64, 100))
+    on_machine(monkeypatch, Machine(0, 0.0, "CPU", 64, 100))
     figures = []
     for output, rows in ((prepared("usual"), data), long_rows):
-        printed = command("--plan", output=output, rows=rows)[1]
+        printed = command("plan", output=output, rows=rows)[1]
         found = re.search(r"= ([\d.]+) of .*?(\d+) steps of about ([\d.]+) s", printed, re.DOTALL)
         figures.append(list(map(float, found.groups())))
     (gib, steps, seconds), (more_gib, more_steps, more_seconds) = figures
@@ -360,7 +369,7 @@ def test_notebook_05_says_before_it_loads_whether_long_rows_fit(long_rows, monke
     output, rows = long_rows
     for name, value in environment(output, rows).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(planner, "this_machine", lambda _: planner.Machine(0, 0.0, "CPU", room, 100))
+    on_machine(monkeypatch, Machine(0, 0.0, "CPU", room, 100))
     space = {}
     with pytest.raises(utils.CourseError) if room == 2 else nullcontext() as stopped:
         for cell in lesson("05_lora_training").cells:
@@ -372,16 +381,19 @@ def test_notebook_05_says_before_it_loads_whether_long_rows_fit(long_rows, monke
 
 def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):
     output = prepared("uneven")
-    status, _, complaint = command("--samples", "10", "--passes", "4", output=output)
+    status, _, complaint = command("train", "--batch-size", "10", "--gradient-accumulation-steps", "4", output=output)
     assert status == 1
-    assert "--samples 10 cannot be shared out over 1 process(es) and 4 pass(es). Use a multiple of 4." in complaint
+    assert (
+        "--batch-size 10 cannot be divided over 1 process(es) and 4 accumulation step(s). Use a multiple of 4."
+        in complaint
+    )
     assert [path.name for path in output.iterdir()] == ["tokens"]
 
 
 def test_a_plan_that_does_not_fit_loads_nothing(command, prepared, monkeypatch):
-    monkeypatch.setattr(full_size, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("loaded"))
     output = prepared("large")
-    status, printed, complaint = command("--rank", "1000000", output=output)
+    status, printed, complaint = command("train", "--lora-rank", "1000000", output=output)
     assert status == 1
     assert "does not fit" in printed and ("are free" in complaint)
     assert [path.name for path in output.iterdir()] == ["tokens"]
@@ -389,7 +401,7 @@ def test_a_plan_that_does_not_fit_loads_nothing(command, prepared, monkeypatch):
 
 def test_the_merged_checkpoint_is_the_model_with_its_adapter(command, one_process, tmp_path):
     merged = tmp_path / "merged"
-    status, printed, complaint = command("--merge", str(merged), output=one_process)
+    status, printed, complaint = command("merge", str(merged), output=one_process)
     assert status == 0 and not complaint
     assert "tensors changed; the checkpoint is in" in printed
     from peft import PeftModel
@@ -406,6 +418,46 @@ def test_the_merged_checkpoint_is_the_model_with_its_adapter(command, one_proces
 
 
 def test_merging_before_training_says_what_to_run(command, tmp_path):
-    status, _, complaint = command("--merge", str(tmp_path / "merged"))
+    status, _, complaint = command("merge", str(tmp_path / "merged"))
     assert status == 1 and "Run notebook 05_lora_training first" in complaint
     assert not (tmp_path / "merged").exists()
+
+
+# -------------------------------------------------------------------------------------------- wrong flags, chat
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--samples", "--batch-size"),
+        ("--bits", "--load-in-4bit"),
+        ("--rank", "--lora-rank"),
+        ("--gradient-acumulation-steps", "--gradient-accumulation-steps"),
+        ("--load_in_4bit", "--load-in-4bit"),
+    ],
+)
+def test_a_wrong_flag_is_told_the_right_one(command, capsys, flag, meant):
+    with pytest.raises(SystemExit) as stopped:
+        command("train", flag)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"For {flag} use {meant}." in said and said.count("\n") == 1
+
+
+def test_the_output_folder_can_be_given(command, prepared, tmp_path):
+    output = prepared("given")
+    status, printed, _ = command("plan", "--output-dir", str(output), output=tmp_path)
+    assert status == 0 and "time: 60 steps" in printed  # the rows of that folder
+
+
+def test_the_persona_answers_in_a_terminal(command, one_process, monkeypatch):
+    asked = iter(["你是谁？", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    status, printed, complaint = command("chat", output=one_process)
+    assert status == 0 and not complaint
+    assert len(printed.splitlines()) == 2 and printed.splitlines()[1]
+
+
+def test_chat_before_training_says_what_to_run(command):
+    status, _, complaint = command("chat")
+    assert status == 1 and "Run notebook 05_lora_training first" in complaint

@@ -7,10 +7,10 @@ import sys
 
 import nbformat
 import pytest
+import runs
 from conftest import ROOT
 from nbclient import NotebookClient
 
-import runs
 import utils
 
 NAMES = ["03_dataset", "04_chat_template", "05_lora_training", "06_inference"]

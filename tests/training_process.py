@@ -1,4 +1,4 @@
-"""Runs the training cells of notebook 05, or train.py, in processes that a test can kill.
+"""Runs the training cells of notebook 05, or the command, in processes that a test can kill.
 
 Importing torch and transformers takes most of a short run's time, so a fork server does it once: each run is a
 process of its own, with an interpreter state in which nothing has been trained.
@@ -86,13 +86,12 @@ def run_cells(log: Path, environment: dict[str, str], sources: list[str]) -> Non
 
 
 def run_script(log: Path, environment: dict[str, str], arguments: list[str], before: str = "") -> None:
-    """In the child: train.py with these arguments."""
+    """In the child: the command with these arguments."""
     _start(log, environment)
     exec(before)
-    import train
+    from finetune.__main__ import main
 
-    sys.argv = ["train.py", *arguments]
-    sys.exit(train.main())
+    sys.exit(main(["train", *arguments]))
 
 
 class Run:
