@@ -12,7 +12,7 @@ from conftest import ROOT
 import model_check
 import utils
 
-CASES = ROOT / "tests" / "cases"
+CASES = ROOT / "tests" / "support" / "cases"
 
 
 @pytest.fixture
