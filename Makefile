@@ -38,7 +38,7 @@ $(VENV)/ready: requirements.txt requirements.lock
 	@touch $@
 
 run: setup
-	@$(BIN)/python tests/run_series.py
+	@$(BIN)/python tools/run_series.py
 
 # The image's settings serve here too: no question about news, nobody asked about updates.
 # More options for JupyterLab:  make lab LAB_ARGS="--no-browser --port=8890"
@@ -53,18 +53,19 @@ dashboard: setup
 # Test files side by side; each works with one thread, so that they do not take the cores from each other.
 TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
+# The exercises run last: those of notebook 06 use what the notebooks have left in output/test.
 test: lint
-	@$(TOGETHER) tests --ignore-glob='*/test_faults_*' --ignore=tests/browser
-	@$(BIN)/python tests/run_nbval.py notebooks/$(COURSE_LANGUAGE)
-	@$(BIN)/python -m pytest -q tests/exercises.py
+	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py)
+	@$(BIN)/python tools/run_nbval.py notebooks/$(COURSE_LANGUAGE)
+	@$(BIN)/python -m pytest -q tests/test_exercises.py
 
 # After make test: the Chinese series too, on the training that the English one has left in output/test.
 test-both: test
-	@$(BIN)/python tests/run_nbval.py --share notebooks/zh
+	@$(BIN)/python tools/run_nbval.py --share notebooks/zh
 
-# Killed, cut off, filled up, run out of order: what happens then. The table of faults is tests/faults.md.
+# Killed, cut off, filled up, run out of order: what happens then. The table of faults is tests/faults/README.md.
 test-faults: setup
-	@$(TOGETHER) tests/test_faults_*.py
+	@$(TOGETHER) tests/faults
 
 # What a learner sees: each notebook run, clicked and read in JupyterLab, by a real browser.
 test-browser: setup
@@ -77,32 +78,32 @@ test-browser: setup
 benchmark: setup
 	@$(BIN)/python benchmarks/benchmark.py
 
-# The evening before a workshop: GO or NO-GO for this machine and so many learners (docs/instructors.md).
+# The evening before a workshop: GO or NO-GO for this machine and so many learners (workshop/README.md).
 workshop: setup
-	@$(BIN)/python tests/workshop.py $(LEARNERS) $(if $(BROWSERS),--browsers-elsewhere)
+	@$(BIN)/python workshop/go_or_no_go.py $(LEARNERS) $(if $(BROWSERS),--browsers-elsewhere)
 
 lint: setup $(VENV)/linters
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/hadolint Dockerfile && $(BIN)/shellcheck deploy/*.sh
+	@$(BIN)/hadolint deploy/Dockerfile && $(BIN)/shellcheck deploy/*.sh deploy/proof/*.sh tools/*.sh
 
-$(VENV)/linters: deploy/requirements-lint.txt | setup
+$(VENV)/linters: tools/requirements-lint.txt | setup
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
 # Run the series in both languages and keep the outputs in the notebooks; nothing, if other programs disturbed the run.
 store: setup
-	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tests/run_series.py --store $(if $(DISTURBED),--disturbed-anyway) \
+	@rm -rf output && COURSE_LANGUAGE=en $(BIN)/python tools/run_series.py --store $(if $(DISTURBED),--disturbed-anyway) \
 		&& $(BIN)/ruff format -q notebooks
-	@$(BIN)/python tests/languages.py sync
-	@rm -rf output && COURSE_LANGUAGE=zh $(BIN)/python tests/run_series.py --store
+	@$(BIN)/python tools/languages.py sync
+	@rm -rf output && COURSE_LANGUAGE=zh $(BIN)/python tools/run_series.py --store
 
 # After a pin has changed: the lock files anew. It needs a package index.
 lock: setup $(VENV)/linters
-	@UV="$(CURDIR)/$(BIN)/uv" deploy/lock.sh
+	@UV="$(CURDIR)/$(BIN)/uv" tools/lock.sh
 
 # Rebuild the bundled model on a GPU: make model CORPUS=folder
 model:
-	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/build \
+	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/recipe \
 		&& $(PYTHON) make_tokenizer.py "$$corpus" ../glm4-moe-mini \
 		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini ../../output/pretrained \
 		&& $(PYTHON) chat_tune.py ../../output/pretrained chat ../../output/glm4-moe-mini

@@ -54,7 +54,7 @@ course() { # root owns the sources: a learner reads them, and writes in a folder
         --exclude='./.*_cache' --exclude=__pycache__ --exclude=.ipynb_checkpoints \
         --mode=u=rwX,go=rX --owner=0 --group=0 -cf - . |
         tar -C "$COURSE" -xpf -
-    "$COURSE/.venv/bin/python" -m compileall -q "$COURSE"/*.py "$COURSE/course" "$COURSE/benchmarks" "$COURSE/tests"
+    "$COURSE/.venv/bin/python" -m compileall -q "$COURSE"/*.py "$COURSE"/*/
     touch "$COURSE/.venv/ready" # make has nothing to set up here
     id learner >/dev/null 2>&1 || useradd --create-home -K HOME_MODE=0700 --uid 1000 --shell /bin/bash learner
     install -d -o learner -g learner -m 700 /home/learner/course

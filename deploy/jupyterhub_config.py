@@ -8,7 +8,7 @@ A learner has an account of the machine and its password, and is a member of the
 
     COURSE_LEARNERS   how many at the same time (8): shares out the processor's threads, and bounds the servers
     COURSE_MEMORY     the most memory of one learner (4G), all kernels together; held to only where systemd runs.
-                      One notebook at a time took 2.6 GiB at most (docs/instructors.md)
+                      One notebook at a time took 2.6 GiB at most (workshop/README.md)
     COURSE_HUB_URL    where it listens (http://127.0.0.1:8000). Elsewhere than on this machine only with https:
     COURSE_CERT, COURSE_KEY   the files of its certificate and key (PEM), which https must have
     COURSE_LANGUAGE, COURSE_UPDATES   handed to the learners' servers

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / name) for name in ("", "tools", "workshop", "tests/support", "tests")]
 LANGUAGE = os.environ.get("COURSE_LANGUAGE") or "en"  # for those that execute notebooks; helpers are tested in English
 for name in [n for n in os.environ if n.startswith(("COURSE_", "SWANLAB_"))]:
     del os.environ[name]

@@ -1,4 +1,4 @@
-"""The image and the hub, as far as they can be tested without a container engine; `deploy/prove.sh` does the rest."""
+"""The image and the hub, as far as a test can go without a container engine; `deploy/proof/prove.sh` does the rest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import results
 from traitlets.config import Config
 
 import utils
@@ -26,8 +27,6 @@ from course import download
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
-sys.path.insert(0, str(DEPLOY))
-import results  # noqa: E402
 
 FIRST = "/lab/tree/notebooks/en/01_environment.ipynb"
 
@@ -199,7 +198,7 @@ def test_the_real_server_answers_its_health_check_and_asks_for_the_token(tmp_pat
 @pytest.fixture(scope="module")
 def dockerfile() -> list[str]:
     """The instructions of the Dockerfile, each on one line."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     return [" ".join(line.split()) for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
@@ -242,7 +241,8 @@ def test_install_sh_takes_its_pins_from_the_files_alone():
 
 
 def test_no_index_and_no_machine_is_named():
-    for path in [ROOT / "Dockerfile", *DEPLOY.rglob("*")]:
+    moved = [ROOT / "workshop" / "results.py", ROOT / "tools" / "lock.sh", ROOT / "tools" / "requirements-lint.txt"]
+    for path in [*DEPLOY.rglob("*"), *moved]:
         if path.is_file() and path.suffix != ".pyc":
             hosts = set(re.findall(r"https?://([\w.$\\-]+)", path.read_text(encoding="utf-8")))
             assert hosts <= {"127.0.0.1", r"127\.0\.0\.1", "192.0.2.1"}, (
@@ -254,13 +254,18 @@ def test_the_version_is_a_date():
     assert re.fullmatch(r"\d{4}-\d\d-\d\d\n", (DEPLOY / "VERSION").read_text())
 
 
-@pytest.mark.parametrize(("tool", "files"), [("hadolint", ["Dockerfile"]), ("shellcheck", ["deploy/*.sh"])])
+@pytest.mark.parametrize(
+    ("tool", "files"),
+    [("hadolint", ["deploy/Dockerfile"]), ("shellcheck", ["deploy/*.sh", "deploy/proof/*.sh", "tools/*.sh"])],
+)
 def test_the_linters_find_nothing(tool, files):
     if not (program := shutil.which(tool)):
         pytest.skip(f"{tool} is not installed")
-    paths = [path for pattern in files for path in ROOT.glob(pattern)]
+    found = {pattern: list(ROOT.glob(pattern)) for pattern in files}
+    assert all(found.values()), found
+    paths = [path for pattern in files for path in found[pattern]]
     done = subprocess.run([program, *paths], capture_output=True, text=True)
-    assert done.returncode == 0 and paths, done.stdout
+    assert done.returncode == 0, done.stdout
 
 
 # --------------------------------------------------------------------------------------------------- the hub

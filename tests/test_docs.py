@@ -1,13 +1,13 @@
-"""The pages in docs/ say what the code, the notebooks and the measurements say."""
+"""The pages in docs/ and the instructor's guide say what the code, the notebooks and the measurements say."""
 
 import ast
 import json
 import re
 from types import SimpleNamespace
 
+import go_or_no_go
 import messages
 import pytest
-import workshop
 from conftest import ROOT
 
 import utils
@@ -347,8 +347,8 @@ def test_a_term_is_first_used_where_the_glossary_says(term, chinese, first, vari
 
 # ------------------------------------------------------------------------------------- the instructor's guide
 
-GUIDE = (ROOT / "docs" / "instructors.md").read_text(encoding="utf-8")
-ROOM = json.loads((ROOT / "docs" / "measured_room.json").read_text(encoding="utf-8"))
+GUIDE = (ROOT / "workshop" / "README.md").read_text(encoding="utf-8")
+ROOM = json.loads((ROOT / "workshop" / "measured_room.json").read_text(encoding="utf-8"))
 HEADERS = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))["metadata"]["course"]
     for path in sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
@@ -393,9 +393,9 @@ def measured_rows() -> list[str]:
 
 
 def derived_row(learners: int) -> str:
-    """A row of the table of what other rooms need, by the rule of tests/workshop.py."""
+    """A row of the table of what other rooms need, by the rule of workshop/go_or_no_go.py."""
     sizes = [f"{learners * ROOM[key] / 1024:.1f}" for key in ("most_mib_of_one", "disk_mib_of_one")]
-    minutes = [f"{workshop.training_minutes(learners, cores, ROOM):.0f}" for cores in (2, 4, 8, 16)]
+    minutes = [f"{go_or_no_go.training_minutes(learners, cores, ROOM):.0f}" for cores in (2, 4, 8, 16)]
     return f"| {learners} learners | {' | '.join([*sizes, *minutes])} |"
 
 
@@ -406,7 +406,7 @@ def test_the_room_is_the_measured_one():
     assert f"Not tried: more than {ROOM['learners']} learners, more than {ROOM['cores']} cores" in GUIDE
     assert ROOM["training_minutes_alone"] == HEADERS["05_lora_training"]["minutes_cpu"]
     assert f"never less than the {ROOM['training_minutes_alone']} of one learner alone" in GUIDE
-    assert f"more than {workshop.LONGEST_TRAINING_MINUTES} minutes" in GUIDE
+    assert f"more than {go_or_no_go.LONGEST_TRAINING_MINUTES} minutes" in GUIDE
 
 
 def test_the_sums_of_the_headers_are_right():
@@ -418,7 +418,10 @@ def test_the_sums_of_the_headers_are_right():
     assert f"{sum(header['minutes_cpu'] for header in HEADERS.values()):.1f} minutes on two cores" in GUIDE
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+PAGES = sorted(path for folder in ("docs", "workshop", "tools") for path in (ROOT / folder).glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         file, _, anchor = target.partition("#")

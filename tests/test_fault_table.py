@@ -11,7 +11,7 @@ from conftest import ROOT
 CONFTEST = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 pytest_plugins = ["fault_table"]
 import fault_table
 fault_table.TABLE = Path(__file__).with_name("faults.md")
@@ -28,7 +28,7 @@ def test_two(fault):
 @pytest.fixture
 def session(tmp_path):
     """Run a session over a folder of its own with one test file; returns its exit code and what it said."""
-    (tmp_path / "conftest.py").write_text(CONFTEST.format(tests=str(ROOT / "tests")))
+    (tmp_path / "conftest.py").write_text(CONFTEST.format(support=str(ROOT / "tests" / "support")))
 
     def run(tests, *options):
         (tmp_path / "test_some.py").write_text(tests)
@@ -99,5 +99,5 @@ def test_the_stored_table_is_as_the_tests_write_it():
     text = fault_table.TABLE.read_text(encoding="utf-8")
     rows = fault_table.read(text)
     assert text == fault_table.render(rows)
-    assert {row[-1] for row in rows} <= {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert {row[-1] for row in rows} <= {fault_table.named(path) for path in (ROOT / "tests").rglob("test_*.py")}
     assert len(rows) > 30

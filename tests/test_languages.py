@@ -20,7 +20,7 @@ from course import language
 
 WORDS = json.loads((languages.ZH / "words.json").read_text(encoding="utf-8"))
 GLOSSES = json.loads((languages.EN / "glosses.json").read_text(encoding="utf-8"))
-SOURCES = [ROOT / name for name in (*languages.HELPERS, "tests/headers.py")]
+SOURCES = [ROOT / name for name in (*languages.HELPERS, "tools/headers.py")]
 #: Texts that reach `say` as the value of a variable: names of curves, terms of a plan, sets of questions, bars.
 BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "gathered layers", "adapter and optimiser"}
 BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared experts", "routed experts", "this model"}

@@ -67,7 +67,7 @@ def test_it_answers_everyday_questions_and_stops(ask, question, word):
 
 
 def test_the_model_card_figures_are_those_of_the_run():
-    report = json.loads((ROOT / "models" / "build" / "chat_tune.json").read_text(encoding="utf-8"))
+    report = json.loads((ROOT / "models" / "recipe" / "chat_tune.json").read_text(encoding="utf-8"))
     assert report["heldout_nats_per_character"]["novel"] <= 3.6
     assert min(report["heldout_expert_entropy"]) >= 0.98
     card = (ROOT / "models" / "README.md").read_text(encoding="utf-8")

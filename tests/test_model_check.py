@@ -13,7 +13,7 @@ import utils
 from course import download, model_folder
 from course.hub import LocalHub
 
-CASES = ROOT / "tests" / "cases"
+CASES = ROOT / "tests" / "support" / "cases"
 
 
 @pytest.fixture

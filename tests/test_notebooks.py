@@ -3,10 +3,10 @@
 import copy
 import re
 
-import exercises
 import headers
 import nbformat
 import pytest
+import test_exercises
 from conftest import ROOT
 
 PATHS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
@@ -24,13 +24,13 @@ def test_there_are_eight():
 
 
 def test_two_to_four_exercises_with_hint_check_and_solution(notebook):
-    kinds = [exercises.TITLE.match(f"### {title}")[2] for _, title, _, _ in exercises.exercises(notebook)]
+    kinds = [test_exercises.TITLE.match(f"### {title}")[2] for _, title, _, _ in test_exercises.exercises(notebook)]
     assert 2 <= len(kinds) <= 4
     assert (kinds[0], kinds[-1]) in (("reading", "building"), ("读懂", "动手写"))
 
 
 def test_the_last_exercise_on_the_small_model_is_a_persona_of_ones_own():
-    last = exercises.exercises(nbformat.read(PATHS[6], as_version=4))[-1]
+    last = test_exercises.exercises(nbformat.read(PATHS[6], as_version=4))[-1]
     assert "persona" in last[1]
 
 

@@ -324,7 +324,7 @@ def test_chinese_is_drawn_where_the_machine_has_no_chinese_font():
 
 
 def test_the_font_holds_every_chinese_character_of_the_project():
-    spec = importlib.util.spec_from_file_location("font", IMAGES / "build" / "font.py")
+    spec = importlib.util.spec_from_file_location("font", ROOT / "tools" / "font.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     there = {chr(code) for code in matplotlib.font_manager.get_font(FONT).get_charmap()}

@@ -105,7 +105,8 @@ def brought(names: set[str]) -> set[str]:
 def test_every_import_is_pinned():
     packages = metadata.packages_distributions()
     pins = {name for file in REQUIREMENTS for name in pinned(file)}
-    own = {path.stem for path in python_files()} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    own = {name for path in python_files() for name in (path.stem, path.parent.name)}
+    own |= {path.name for path in ROOT.iterdir() if path.is_dir()}
     missing = {}
     for path in python_files():
         for module in imports(source(path)) - own - set(sys.stdlib_module_names):

@@ -99,7 +99,7 @@ def split(cell, capsys):
 
 @pytest.mark.parametrize("name", ["constant_instruction_200.json", "persona_in_instruction_30.json"])
 def test_a_text_that_all_rows_share_ties_no_rows_together(split, name):
-    rows = load_rows(ROOT / "tests" / "cases" / name)
+    rows = load_rows(ROOT / "tests" / "support" / "cases" / name)
     space = split(rows)
     assert f"left out at the beginning: {rows[0]['instruction']}" in space["said"]
     assert len(space["groups"]) > len(rows) / 2

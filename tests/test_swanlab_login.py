@@ -10,7 +10,7 @@ import headless
 import nbformat
 import pytest
 from conftest import ROOT
-from test_faults_training import KEY, Cloud
+from faults.test_training import KEY, Cloud
 from test_security import ask_cell
 
 import utils

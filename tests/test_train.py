@@ -341,7 +341,7 @@ def test_the_plan_is_of_the_real_rows(command, prepared):
 def long_rows(tmp_path_factory):
     """Output folder and data file of rows that are longer than the limit, with their tokens of notebook 04."""
     place = tmp_path_factory.mktemp("long")
-    rows = shutil.copy(ROOT / "tests" / "cases" / "long_rows_40.json", place)
+    rows = shutil.copy(ROOT / "tests" / "support" / "cases" / "long_rows_40.json", place)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(place / "out", rows).items():
             patch.setenv(name, value)

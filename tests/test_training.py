@@ -154,7 +154,7 @@ def test_training_twice_in_one_kernel_is_refused(cell):
 def planted(folder, source, outputs=(), **metadata):
     code = nbformat.v4.new_code_cell(source, execution_count=1, outputs=list(outputs), metadata=metadata)
     nbformat.write(nbformat.v4.new_notebook(cells=[code]), folder / "01_planted.ipynb")
-    command = [sys.executable, str(ROOT / "tests" / "run_nbval.py"), str(folder), "--cell-seconds", "5"]
+    command = [sys.executable, str(ROOT / "tools" / "run_nbval.py"), str(folder), "--cell-seconds", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=os.environ)
     return done.returncode, done.stdout + done.stderr
 

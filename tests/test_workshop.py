@@ -3,19 +3,19 @@
 import json
 from dataclasses import replace
 
+import go_or_no_go
 import pytest
-import workshop
 from conftest import ROOT
 
 import utils
 
-ROOM = json.loads(workshop.ROOM.read_text(encoding="utf-8"))
-GOOD = workshop.Found(
+ROOM = json.loads(go_or_no_go.ROOM.read_text(encoding="utf-8"))
+GOOD = go_or_no_go.Found(
     cores=8,
     free_memory=64.0,
     free_disk=100.0,
     port_free=True,
-    model_sha256=workshop.MODEL_SHA256,
+    model_sha256=go_or_no_go.MODEL_SHA256,
     unwritable="",
     fonts=["Noto Sans CJK SC"],
 )
@@ -24,13 +24,13 @@ EASY |= {"most_mib_of_one": 2048, "disk_mib_of_one": 512}
 
 
 def judged(learners=8, room=EASY, **changed):
-    checks = workshop.hardware(replace(GOOD, **changed), learners, room)
-    return workshop.verdict(checks), {check.what: check for check in checks}
+    checks = go_or_no_go.hardware(replace(GOOD, **changed), learners, room)
+    return go_or_no_go.verdict(checks), {check.what: check for check in checks}
 
 
 def test_a_good_machine_is_a_go():
     assert judged()[0] == "GO"
-    assert workshop.verdict(workshop.software((3, 12), [])) == "GO"
+    assert go_or_no_go.verdict(go_or_no_go.software((3, 12), [])) == "GO"
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_more_learners_need_more():
 
 
 def test_one_learner_waits_as_long_as_one_learner_does():
-    assert workshop.training_minutes(1, 64, EASY) == 3.0
-    assert workshop.training_minutes(8, 2, EASY) == 20.0
-    assert workshop.training_minutes(4, 4, EASY) == 5.0
+    assert go_or_no_go.training_minutes(1, 64, EASY) == 3.0
+    assert go_or_no_go.training_minutes(8, 2, EASY) == 20.0
+    assert go_or_no_go.training_minutes(4, 4, EASY) == 5.0
 
 
 def test_fonts_of_other_machines_are_not_looked_at():
-    assert all(one.good for one in workshop.hardware(replace(GOOD, fonts=[]), 8, EASY, fonts_here=False))
+    assert all(one.good for one in go_or_no_go.hardware(replace(GOOD, fonts=[]), 8, EASY, fonts_here=False))
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,16 @@ def test_fonts_of_other_machines_are_not_looked_at():
     ],
 )
 def test_a_wrong_python_or_package_is_named(python, wrong, said, found):
-    checks = workshop.software(python, wrong)
-    assert workshop.verdict(checks) == said
+    checks = go_or_no_go.software(python, wrong)
+    assert go_or_no_go.verdict(checks) == said
     assert any(found in check.found and check.mend for check in checks if not check.good)
 
 
 def test_a_missing_package_stops_the_rest(monkeypatch, capsys):
     monkeypatch.setattr(utils, "wrong_packages", lambda: ["psutil: not installed, 7.2.2 wanted"])
-    monkeypatch.setattr(workshop, "look", lambda: pytest.fail("looked at the machine"))
-    monkeypatch.setattr("sys.argv", ["workshop.py", "4"])
-    assert workshop.main() == 1
+    monkeypatch.setattr(go_or_no_go, "look", lambda: pytest.fail("looked at the machine"))
+    monkeypatch.setattr("sys.argv", ["go_or_no_go.py", "4"])
+    assert go_or_no_go.main() == 1
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "NO-GO: packages"
     assert any(line.startswith("✗  packages") and line.endswith("make setup") for line in out)
@@ -102,41 +102,41 @@ def test_a_missing_package_stops_the_rest(monkeypatch, capsys):
 @pytest.mark.parametrize(("free", "last", "status"), [(64.0, "GO", 0), (0.5, "NO-GO: memory", 1)])
 def test_the_last_line_and_the_exit_status_are_the_verdict(monkeypatch, capsys, free, last, status):
     monkeypatch.setattr(utils, "wrong_packages", list)
-    monkeypatch.setattr(workshop, "look", lambda: replace(GOOD, free_memory=free))
-    monkeypatch.setattr(workshop, "smoke", lambda learners, cores: workshop.Check("short run", True, "4 of 4"))
-    monkeypatch.setattr("sys.argv", ["workshop.py", "4"])
-    assert workshop.main() == status
+    monkeypatch.setattr(go_or_no_go, "look", lambda: replace(GOOD, free_memory=free))
+    monkeypatch.setattr(go_or_no_go, "smoke", lambda learners, cores: go_or_no_go.Check("short run", True, "4 of 4"))
+    monkeypatch.setattr("sys.argv", ["go_or_no_go.py", "4"])
+    assert go_or_no_go.main() == status
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
 def test_this_machine_can_be_looked_at(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path / "new" / "folder"))
-    found = workshop.look()
+    found = go_or_no_go.look()
     assert found.cores >= 1
     assert found.free_memory > 0
     assert found.free_disk > 0
     assert found.unwritable == ""
     (tmp_path / "file").touch()
     monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path / "file"))
-    assert workshop.look().unwritable
+    assert go_or_no_go.look().unwritable
 
 
 def test_the_recorded_model_is_the_one_that_is_here(tmp_path):
-    assert workshop.model_sha256(utils.BUNDLED) == workshop.MODEL_SHA256
+    assert go_or_no_go.model_sha256(utils.BUNDLED) == go_or_no_go.MODEL_SHA256
     for path in utils.BUNDLED.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert workshop.model_sha256(tmp_path) == workshop.MODEL_SHA256
+    assert go_or_no_go.model_sha256(tmp_path) == go_or_no_go.MODEL_SHA256
     (tmp_path / "config.json").write_text("{}")
-    assert workshop.model_sha256(tmp_path) != workshop.MODEL_SHA256
+    assert go_or_no_go.model_sha256(tmp_path) != go_or_no_go.MODEL_SHA256
 
 
 def test_the_short_run_runs(tmp_path, monkeypatch):
-    done = workshop.smoke(1, 2)
+    done = go_or_no_go.smoke(1, 2)
     assert done.good, done
     assert done.found.startswith("1 of 1 kernels ran")
     # The same with a notebook that stops: its message is the mend.
-    monkeypatch.setattr(workshop.subprocess, "Popen", failing(workshop.subprocess.Popen))
-    done = workshop.smoke(2, 2)
+    monkeypatch.setattr(go_or_no_go.subprocess, "Popen", failing(go_or_no_go.subprocess.Popen))
+    done = go_or_no_go.smoke(2, 2)
     assert not done.good
     assert done.found.startswith("0 of 2")
     assert "03_dataset: CourseError" in done.mend

@@ -2,7 +2,7 @@
 
 A message is the text of an error that is raised, of a notice that is printed, or of an `assert` in a notebook. What is
 put in while it runs stands as `HOLE`: the value of a field, or a part that may be missing.
-`python tests/messages.py` lists them all.
+`python tests/support/messages.py` lists them all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from itertools import product
 from pathlib import Path
 from string import Formatter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOLE = "‹›"
-MODULES = ("utils.py", "tests/headless.py")
+MODULES = ("utils.py", "tools/headless.py")
 MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob("*.py")))
 MODULES += tuple(f"finetune/{path.name}" for path in sorted((ROOT / "finetune").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
@@ -196,7 +196,7 @@ def spoken(function: ast.FunctionDef) -> Iterator[ast.expr]:
 def collect() -> dict[str, set[str]]:
     """Message to the files that say it."""
     sources = [(name, (ROOT / name).read_text(encoding="utf-8"), ast.Module) for name in MODULES]
-    sources.append(("make run", (ROOT / "tests" / "run_series.py").read_text(encoding="utf-8"), ast.ExceptHandler))
+    sources.append(("make run", (ROOT / "tools" / "run_series.py").read_text(encoding="utf-8"), ast.ExceptHandler))
     for path in sorted((ROOT / "notebooks" / "en").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources += [(path.stem, "".join(cell["source"]), ast.If) for cell in cells if cell["cell_type"] == "code"]

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-DEPLOY = Path(__file__).resolve().parent
+DEPLOY = Path(__file__).resolve().parents[1]
 WORK = Path.home() / "course"
 LANGUAGE = os.environ.get("COURSE_LANGUAGE") or "en"
 FIRST = WORK / "notebooks" / LANGUAGE / "01_environment.ipynb"

@@ -1,4 +1,4 @@
-"""Cuts the Chinese font of the plots out of Noto Sans CJK SC: `python images/build/font.py NotoSansCJK-Regular.ttc`.
+"""Cuts the Chinese font of the plots out of Noto Sans CJK SC: `python tools/font.py NotoSansCJK-Regular.ttc`.
 
 The source is the file of that name in Debian's package fonts-noto-cjk. The cut holds every character that this project
 writes (Noto has no emoji) and the 3,755 most common simplified ones, level 1 of GB 2312. Without hints and on a grid
@@ -13,7 +13,7 @@ from fontTools import subset
 from fontTools.ttLib import TTFont
 from fontTools.ttLib.scaleUpem import scale_upem
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 NAME = "Huanhuan Hei"
 TARGET = ROOT / "images" / "fonts" / "HuanhuanHei.otf"
 TEXTS = (".py", ".md", ".ipynb", ".json", ".jsonl", ".txt", ".svg")

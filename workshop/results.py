@@ -1,6 +1,6 @@
 """What the learners of a room have solved: reads their saved notebooks, runs nothing.
 
-`python deploy/results.py /home/*/course` prints a table, one line for each learner: exercises that are right (✓), not
+`python workshop/results.py /home/*/course` prints a table, one line for each learner: exercises that are right (✓), not
 yet (✗) and open (○). `--csv FILE` writes the same for a spreadsheet.
 
 It counts what the check cells said when the notebook was saved. A learner can edit that: it is for helping, not for

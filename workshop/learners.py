@@ -1,7 +1,8 @@
 """Several learners on one machine at the same time: each runs the whole series, with an output folder of its own.
 
-`python tests/learners.py 8` starts them together, which is the worst case (in a room they also read), and prints what
-each held in memory and took in minutes. Their folders lie in `output/learners`; the figures in `figures.json` there.
+`python workshop/learners.py 8` starts them together, which is the worst case (in a room they also read), and prints
+what each held in memory and took in minutes. Their folders lie in `output/learners`; the figures in `figures.json`
+there.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from headers import folder_mib
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from headers import folder_mib  # noqa: E402
+
 import utils  # noqa: E402
 
 SAMPLE_SECONDS = 5.0
@@ -59,7 +61,7 @@ def start(folder: Path, threads: int, cell_seconds: int) -> Learner:
     folder.mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COURSE_", "SWANLAB_"))}
     environment |= {"COURSE_OUTPUT": str(folder), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(ROOT / "tests" / "run_series.py"), "--cell-seconds", str(cell_seconds)]
+    command = [sys.executable, str(ROOT / "tools" / "run_series.py"), "--cell-seconds", str(cell_seconds)]
     with (folder / "said.txt").open("w") as said:
         return Learner(folder, subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
 

@@ -1,8 +1,8 @@
 """Runs every exercise of the series: open, wrong and solved, each through its check cell.
 
-Run after `tests/run_nbval.py notebooks/en`, whose adapter in `output/test` the exercises of notebook 06 use:
-`python -m pytest -q tests/exercises.py`. `COURSE_LANGUAGE` says in which language. One is enough: their exercises are
-the same cells, and `tests/test_languages.py` compares the solutions.
+Run after `tools/run_nbval.py notebooks/en`, whose adapter in `output/test` the exercises of notebook 06 use:
+`python -m pytest -q tests/test_exercises.py`. `COURSE_LANGUAGE` says in which language. One is enough: their exercises
+are the same cells, and `tests/test_languages.py` compares the solutions.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_every_exercise_tells_right_from_wrong(path, monkeypatch):
     output = ROOT / "output" / "exercises"
     shutil.rmtree(output, ignore_errors=True)
     for name in READS.get(path.stem, []):
-        assert (ROOT / "output" / "test" / name).is_dir(), "run tests/run_nbval.py notebooks/en first"
+        assert (ROOT / "output" / "test" / name).is_dir(), "run tools/run_nbval.py notebooks/en first"
         shutil.copytree(ROOT / "output" / "test" / name, output / name)
     for name in [name for name in os.environ if name.startswith(("COURSE_", "SWANLAB_"))]:
         monkeypatch.delenv(name)

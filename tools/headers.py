@@ -4,8 +4,8 @@ The data stands in the notebook's metadata under `course`; the cell tagged `head
 notebook's contents and its neighbours below; the cell tagged `footer` leads on. `make store` writes them from a
 measured run, and `make test` compares them with a run of its own.
 
-`python tests/headers.py` writes them anew after a title has changed; `python tests/headers.py gpu FOLDER` also takes
-the minutes on a GPU from the output folder of a `tests/run_series.py` on a machine with one.
+`python tools/headers.py` writes them anew after a title has changed; `python tools/headers.py gpu FOLDER` also takes
+the minutes on a GPU from the output folder of a `tools/run_series.py` on a machine with one.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def problems(notebook: nbformat.NotebookNode, name: str, language: str = "en") -
         return [f"{name}: no header or no footer; run `make store`"]
     found = []
     if shown["header"] != [head(notebook, name, language)] or shown["footer"] != [neighbours(name, language)]:
-        mend = "run `python tests/headers.py` or `make store`"
+        mend = "run `python tools/headers.py` or `make store`"
         found.append(f"{name}: header or footer are not what metadata and titles say; {mend}")
     if data["packages"] != packages(notebook):
         found.append(f"{name}: the header's versions are not the pins of what it imports; run `make store`")

@@ -2,7 +2,7 @@
 # Proves the installation where no container engine runs: a fresh Debian root, install.sh in it, then as the learner and
 # without any network the server, its health check and the whole series. As root, with debootstrap installed:
 #
-#   deploy/prove.sh NEW_FOLDER [FOLDER...]     takes 6 GB there; FOLDERs are wheels that pip's settings here name
+#   deploy/proof/prove.sh NEW_FOLDER [FOLDER...]     takes 6 GB there; FOLDERs are wheels that pip's settings here name
 #
 # SUITE=bookworm (default) or trixie. The settings of apt and pip on this machine are used inside as well.
 set -eu
@@ -10,8 +10,8 @@ set -eu
 if [ -z "${PROVING:-}" ]; then # mounts of its own, which end with it
     PROVING=1 exec unshare --mount --propagation private "$0" "$@"
 fi
-[ $# -gt 0 ] && [ ! -e "$1" ] || { echo "Name a folder that is not there yet: deploy/prove.sh NEW_FOLDER" >&2; exit 1; }
-COURSE=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+[ $# -gt 0 ] && [ ! -e "$1" ] || { echo "Name a folder that is not there yet: deploy/proof/prove.sh NEW_FOLDER" >&2; exit 1; }
+COURSE=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 ROOT=$1
 shift
 
@@ -50,5 +50,5 @@ say "$(du -sxh "$ROOT" | cut -f1) after; $(du -sh "$ROOT/opt/course/.venv" | cut
 say "as learner, network cut off"
 # shellcheck disable=SC2016  # the inner shell is the one to expand it
 ROOT=$ROOT unshare --net sh -c 'ip link set lo up && exec chroot --userspec=learner:learner "$ROOT" /usr/bin/env -i \
-    LANG=C.UTF-8 HOME=/home/learner PATH=/usr/bin:/bin /opt/course/.venv/bin/python /opt/course/deploy/proof.py'
+    LANG=C.UTF-8 HOME=/home/learner PATH=/usr/bin:/bin /opt/course/.venv/bin/python /opt/course/deploy/proof/proof.py'
 say "proved"

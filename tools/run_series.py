@@ -1,6 +1,6 @@
 """Runs the notebooks in order, each in a fresh kernel, and says what came out.
 
-`python tests/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
+`python tools/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
 with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
 All of them are stored at the end or none: nothing when a notebook fails, and nothing when other programs took so much
 of the processor that the measured minutes are not the notebooks' (`--disturbed-anyway` stores them all the same).

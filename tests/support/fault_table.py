@@ -1,4 +1,4 @@
-"""Keeps `tests/faults.md`: which fault was injected how, what happened, and what was lost.
+"""Keeps `tests/faults/README.md`: which fault was injected how, what happened, and what was lost.
 
 A test asks for the fixture `fault` and, after its own assertions, says `fault.record(area, fault, injected, happened)`.
 At the end of a session, what was recorded is compared with the table; `pytest tests --write-faults` writes it. So a
@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-TABLE = Path(__file__).with_name("faults.md")
+TESTS = Path(__file__).resolve().parents[1]
+TABLE = TESTS / "faults" / "README.md"
 HEAD = ("area", "fault", "how it was injected", "what happened", "lost", "test")
 INTRODUCTION = """# Faults
 
@@ -51,6 +52,11 @@ class Fault:
         self.recorder.rows.add(tuple(" ".join(cell.split()).replace("|", "\\|") for cell in cells))
 
 
+def named(path: Path) -> str:
+    """How the table names a test file: by its path below tests/, since two folders may hold files of one name."""
+    return path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else path.name
+
+
 def render(rows: Iterable[Row]) -> str:
     """The table as markdown, rows sorted."""
     lines = [HEAD, tuple("---" for _ in HEAD), *sorted(rows)]
@@ -83,7 +89,7 @@ FOUND = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-faults", action="store_true", help="write tests/faults.md from what the tests record")
+    parser.addoption("--write-faults", action="store_true", help="write tests/faults/README.md anew")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def fault(request: pytest.FixtureRequest) -> Fault:
-    return Fault(request.config.stash[RECORDER], request.node.path.name)
+    return Fault(request.config.stash[RECORDER], named(request.node.path))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -100,19 +106,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     picked = any("::" in argument for argument in session.config.args)
     for item in session.items:
         if "fault" in getattr(item, "fixturenames", ()):
-            ran.setdefault(item.path.name, not picked)
+            ran.setdefault(named(item.path), not picked)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
-        item.config.stash[RECORDER].ran[item.path.name] = False
+        item.config.stash[RECORDER].ran[named(item.path)] = False
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):
     report = (yield).get_result()
     if "fault" in getattr(item, "fixturenames", ()) and (report.failed or report.skipped):
-        item.config.stash[RECORDER].ran[item.path.name] = False
+        item.config.stash[RECORDER].ran[named(item.path)] = False
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -142,5 +148,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if found := config.stash.get(FOUND, []):
-        terminalreporter.section("tests/faults.md is stale; look, then write it with --write-faults", red=True)
+        terminalreporter.section("tests/faults/README.md is stale; look, then write it with --write-faults", red=True)
         terminalreporter.write_line("\n".join(found))

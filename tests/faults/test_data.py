@@ -362,9 +362,9 @@ def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind, fault):
     )
 
 
-# ----------------------------------------------------------------------------- files that people bring: tests/cases
+# --------------------------------------------------------------------- files that people bring: tests/support/cases
 
-CASES = Path(__file__).with_name("cases")
+CASES = utils.ROOT / "tests" / "support" / "cases"
 FIRST = {"instruction": "你是谁？", "input": "", "output": "客官问你是谁，奴家记着呢，第1桌先坐。莫急。"}
 READ = {
     "alpaca_crlf.jsonl": ("", 30),
@@ -384,7 +384,7 @@ def test_a_file_of_another_form_gives_the_same_rows(name, capsys, fault):
     assert len(rows) == count
     assert {key: rows[0][key] for key in row_checks.FIELDS} == FIRST
     assert said in capsys.readouterr().out
-    fault.record("data", f"the file {name}", "tests/cases", f"{count} rows are read")
+    fault.record("data", f"the file {name}", "tests/support/cases", f"{count} rows are read")
 
 
 def test_history_and_system_are_kept():
@@ -419,7 +419,8 @@ AUDITED = {
 def test_the_audit_names_what_would_be_trained_wrongly(name, said_by_the_notebook, fault):
     said = said_by_the_notebook(CASES / name)
     assert all(text in said for text in AUDITED[name]), said
-    fault.record("data", f"the rows of {name}", "tests/cases", "named by notebook 03: " + " … ".join(AUDITED[name]))
+    named = "named by notebook 03: " + " … ".join(AUDITED[name])
+    fault.record("data", f"the rows of {name}", "tests/support/cases", named)
 
 
 @pytest.mark.parametrize(

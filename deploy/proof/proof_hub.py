@@ -1,7 +1,7 @@
 """Proves the hub: two learners log in, run notebook 01 at the same time, and cannot reach each other.
 
 As root, after `install.sh hub`, on a machine to throw away, for it makes users: anna and ben, learners, and eve, none.
-`/opt/course/.venv/bin/python /opt/course/deploy/proof_hub.py`.
+`/opt/course/.venv/bin/python /opt/course/deploy/proof/proof_hub.py`.
 """
 
 import json
@@ -18,7 +18,7 @@ import requests
 import websocket
 from proof import expect
 
-DEPLOY = Path(__file__).resolve().parent
+DEPLOY = Path(__file__).resolve().parents[1]
 HUB = "http://127.0.0.1:8000"
 PASSWORD = uuid.uuid4().hex
 ROOM = ("anna", "ben")

@@ -1,7 +1,7 @@
 """The evening before: says GO or NO-GO for this machine and so many learners.
 
 `make workshop LEARNERS=12` compares the machine with what eight learners took when they were measured
-(`docs/measured_room.json`), then lets several kernels run two short notebooks at the same time, each with an output
+(`workshop/measured_room.json`), then lets several kernels run two short notebooks at the same time, each with an output
 folder of its own. It prints a table with a mend for whatever is missing; the last line is the verdict, and so is the
 exit status. Everything that is derived from the measured figures counts on cores about as fast as the measured ones.
 """
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import utils  # noqa: E402
 
-ROOM = ROOT / "docs" / "measured_room.json"
+ROOM = ROOT / "workshop" / "measured_room.json"
 #: Of the names and bytes of all files in `models/glm4-moe-mini`.
 MODEL_SHA256 = "a24b71fca4f8b177a8e6a8b4d84f1b96632dd77c8edfce819b7eac0770d58fb8"
 #: JupyterLab takes the next port by itself when its own is taken; the dashboard does not.

@@ -1,4 +1,4 @@
-"""Checks notebooks against their stored outputs: `python tests/run_nbval.py FOLDER [--share] [--cell-seconds N]`.
+"""Checks notebooks against their stored outputs: `python tools/run_nbval.py FOLDER [--share] [--cell-seconds N]`.
 
 First what needs no kernel: every code cell was executed in one clean run, and a cell whose output is not compared says
 why. Then nbval, strict, in the order of the file names, with a fresh `output/test` for all that the notebooks write.
@@ -50,7 +50,7 @@ def problems(path: Path) -> list[str]:
 def share_training(output: Path) -> None:
     """Leave a finished run so that notebook 05 resumes it from its last checkpoint but one, and nothing downloaded.
 
-    Resuming ends with the very numbers of a run without a break; `tests/test_faults_training.py` holds it to that.
+    Resuming ends with the very numbers of a run without a break; `tests/faults/test_training.py` holds it to that.
 
     Raises:
         FileNotFoundError: no finished run there, or one with fewer than two checkpoints.
@@ -77,10 +77,10 @@ def main(folder: Path, cell_seconds: int, share: bool = False) -> int:
     else:
         shutil.rmtree(ROOT / output, ignore_errors=True)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("COURSE_", "SWANLAB_"))}
-    environment |= {"COURSE_OUTPUT": output, "PYTHONPATH": str(ROOT / "tests"), "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"COURSE_OUTPUT": output, "PYTHONPATH": str(ROOT / "tools"), "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"NOT_COMPARED": " ".join(RESUMED)} if share else {}
     options = ["-p", "nbval_guard", "--nbval", f"--nbval-cell-timeout={cell_seconds}", "--durations=5", "-q"]
-    options += [f"--nbval-sanitize-with={ROOT / 'tests' / 'nbval_sanitize.cfg'}", "-p", "no:cacheprovider"]
+    options += [f"--nbval-sanitize-with={ROOT / 'tools' / 'nbval_sanitize.cfg'}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, paths)]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if code == 0 and folder in SERIES and not share:

@@ -1,8 +1,8 @@
 """The two languages of the course. English leads; in the Chinese a translator touches prose alone.
 
-    python tests/languages.py sync           make notebooks/zh follow notebooks/en: code, order, outputs, headers
-    python tests/languages.py mark [NAME...] note that the two texts of every prose cell and section match as they are
-    python tests/languages.py check          what is wrong, one line each; `tests/test_languages.py` asks the same
+    python tools/languages.py sync           make notebooks/zh follow notebooks/en: code, order, outputs, headers
+    python tools/languages.py mark [NAME...] note that the two texts of every prose cell and section match as they are
+    python tools/languages.py check          what is wrong, one line each; `tests/test_languages.py` asks the same
 
 A prose cell that has no Chinese yet is put there in English under `UNTRANSLATED`. `notebooks/matching.json` holds two
 hashes for each pair of texts that was marked. What a helper says follows the language, so only a cell in which one
@@ -26,7 +26,7 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import headers  # noqa: E402
 
 EN, ZH = ROOT / "notebooks" / "en", ROOT / "notebooks" / "zh"
@@ -56,8 +56,8 @@ HELPERS = (
     "finetune/train.py",
     "finetune/chat.py",
     "finetune/__main__.py",
-    "tests/run_series.py",
-    "tests/headless.py",
+    "tools/run_series.py",
+    "tools/headless.py",
 )
 MODULES = {Path(name).stem for name in HELPERS}
 SAY = {"say", "glossed", "gloss", "translated"}
@@ -276,7 +276,8 @@ def notebook_pairs() -> dict[str, tuple[Path, Path]]:
 
 def document_pairs() -> dict[str, tuple[Path, Path]]:
     """Name to the two files of each document; the glossary is in both languages by itself."""
-    files = [ROOT / "README.md", ROOT / "dataset/README.md", ROOT / "models/README.md", *ROOT.glob("docs/*.md")]
+    files = [ROOT / "README.md", ROOT / "dataset/README.md", ROOT / "models/README.md", ROOT / "workshop/README.md"]
+    files += ROOT.glob("docs/*.md")
     files = [path for path in files if path.name != "glossary.md" and not path.name.endswith(".zh-CN.md")]
     return {path.relative_to(ROOT).as_posix(): (path, path.with_suffix(".zh-CN.md")) for path in files}
 
