@@ -154,10 +154,10 @@ def test_activations_grow_with_the_layers_and_the_factors():
 # ------------------------------------------------------------------------------------------- good sense
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("four", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_more_is_never_less(bits, checkpointing):
-    how = {"bits": bits, "gradient_checkpointing": checkpointing, "machine": H100, "advise": False}
+def test_more_is_never_less(four, checkpointing):
+    how = {"load_in_4bit": four, "gradient_checkpointing": checkpointing, "machine": H100, "advise": False}
     for changes in (
         [{"lora_rank": rank} for rank in (1, 2, 4, 8, 16, 64)],
         [{"batch_size": samples} for samples in (1, 4, 16, 64, 256, 1024)],
