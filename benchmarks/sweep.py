@@ -96,7 +96,7 @@ def one_run(alpha: int, rate: float, seed: int, rank: int = 8) -> dict[str, Any]
 
     from finetune.lora import lora_config
 
-    course, device = utils.settings(), "cuda" if torch.cuda.is_available() else "cpu"
+    course, device = utils.start(), "cuda" if torch.cuda.is_available() else "cpu"
     folder = model_folder(course)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = samples_of(course, tokenizer)

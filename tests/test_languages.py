@@ -389,8 +389,8 @@ def test_a_helper_speaks_where_it_is_called_and_through_functions_of_a_notebook(
         "calls": "draw(history)",
         "deeper": "class Live:\n    def on_log(self):\n        draw(1)",
         "plan": "print(planner.plan(recipe=planner.Recipe(load_in_4bit=True)).text())",
-        "by name": "from course.rows import load_rows\nload_rows(path)",
-        "named before": "load_rows(path)",
+        "imported": "from course.rows import load_rows\nload_rows(path)",
+        "imported-above": "load_rows(path)",
         "caught": "try:\n    f()\nexcept utils.CourseError as error:\n    print(error)",
     }
     notebook = new.new_notebook(cells=[new.new_code_cell(text, id=name) for name, text in sources.items()])

@@ -186,7 +186,7 @@ def test_lora_shapes_are_the_models():
     assert drawn == [" × ".join(f"{n:,}" for n in shape) for shape in expected]
 
 
-FOLDER = re.compile(r'course\.output / "(\w+)"(?!\.)')
+FOLDER = re.compile(r'settings\.output / "(\w+)"(?!\.)')
 
 
 def test_the_path_names_the_folders_that_the_notebooks_use():

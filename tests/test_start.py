@@ -300,6 +300,31 @@ def test_where_neither_can_be_written_the_message_names_both_variables():
     assert "Set HOME and COURSE_OUTPUT" in said
 
 
+def test_importing_utils_changes_nothing_and_start_prepares_the_process(tmp_path):
+    code = """
+import logging, os
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+def state():
+    return dict(os.environ), logging.getLogger("bitsandbytes").level, shell.custom_exceptions
+before = state()
+import utils
+print(state() == before)
+print(utils.start() == utils.start() == utils.settings())
+environment, level, exceptions = state()
+print(environment["GOMP_SPINCOUNT"], environment["HOME"] != before[0]["HOME"], level, exceptions)
+"""
+    environment = without_course(HOME="/dev/null/home", IPYTHONDIR=str(tmp_path), COURSE_OUTPUT=str(tmp_path))
+    environment.pop("GOMP_SPINCOUNT", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    first, *said = done.stdout.splitlines()
+    assert first == "True"
+    assert said[-2:] == ["True", "300 True 40 (<class 'NameError'>,)"]
+    assert sum("HOME=/dev/null/home cannot be written" in line for line in said) == 1
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """An adapter as peft saves it."""

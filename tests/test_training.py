@@ -86,7 +86,7 @@ def test_an_own_persona_goes_through_all_notebooks_with_its_own_prompt(course_in
         NAMES[1], [('SYSTEM_PROMPT = "现在你要扮演甄嬛，皇上身边的一位妃子。"', f'SYSTEM_PROMPT = "{prompt}"')]
     )
     run_notebook(NAMES[2], [("max(3, -(-60 // -(-len(train) // 16)))", "3")])  # enough to go on with
-    run_notebook(NAMES[3], [("MERGE = course.bundled", "MERGE = False")])
+    run_notebook(NAMES[3], [("MERGE = settings.bundled", "MERGE = False")])
     assert json.loads((out / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"] == prompt
     assert list(json.loads((out / "report.json").read_text(encoding="utf-8"))["heldout"]) == [
         "new wordings",

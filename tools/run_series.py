@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--cell-seconds", type=int, help="limit of a cell, in the place of COURSE_CELL_SECONDS")
     options = parser.parse_args()
     try:
-        course = utils.settings()
+        course = utils.start()
         limit = headless.cell_seconds(options.cell_seconds, course.bundled)
     except utils.CourseError as error:
         print(error)

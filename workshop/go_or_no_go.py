@@ -249,6 +249,7 @@ def main() -> int:
     parser.add_argument("--browsers-elsewhere", action="store_true", help="learners bring browsers of their own")
     parser.add_argument("--one-run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    utils.prepare()
     if options.one_run:
         return one_run(options.one_run)
     if options.learners < 1:
