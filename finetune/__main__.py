@@ -45,16 +45,21 @@ OTHER_NAMES = {
 }
 
 
+#: The parsers of the commands: a flag that a command does not know is reported by the one above it.
+COMMANDS: list[argparse.ArgumentParser] = []
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that names the right flag for a wrong one."""
 
     def error(self, message: str) -> NoReturn:
         """Print one message and the flag that was probably meant; status 2."""
-        flags = [flag for action in self._actions for flag in action.option_strings]
+        flags = [flag for one in (self, *COMMANDS) for action in one._actions for flag in action.option_strings]
         wrong = message.rpartition("unrecognized arguments: ")[2].split() if "unrecognized" in message else []
         meant = []
         for flag in (one.partition("=")[0] for one in wrong if one.startswith("-")):
-            near = OTHER_NAMES.get(flag.replace("_", "-")) or next(iter(difflib.get_close_matches(flag, flags)), "")
+            same = flag.replace("_", "-")
+            near = OTHER_NAMES.get(same) or next(iter(difflib.get_close_matches(same, flags)), "")
             meant += [say("For {flag} use {near}.", flag=flag, near=near)] if near else []
         self.exit(2, f"{self.prog}: {message}. {' '.join(meant) or say('--help lists all flags.')}\n")
 
@@ -83,6 +88,7 @@ def parser() -> Parser:
     one.add_argument("--history", action="store_true", help="keep earlier turns in the prompt")
     one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
     one.add_argument("folder", help="a new folder for the merged checkpoint")
+    COMMANDS[:] = commands.choices.values()
     return top
 
 

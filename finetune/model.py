@@ -15,7 +15,7 @@ from finetune.config import mtp_layer_prefix
 from finetune.experts import GroupedExperts
 
 
-class Glm4Moe(Glm4MoeForCausalLM):
+class NoMtpGlm4MoeForCausalLM(Glm4MoeForCausalLM):
     """The model without its MTP layer, which the checkpoint holds and training does not use."""
 
     def __init__(self, config: Any) -> None:
@@ -32,7 +32,7 @@ class Glm4Moe(Glm4MoeForCausalLM):
         return True
 
 
-class GroupedGlm4Moe(Glm4Moe):
+class GroupedGlm4MoeForCausalLM(NoMtpGlm4MoeForCausalLM):
     """The same with experts that compute an adapter's update as grouped products."""
 
     def __init__(self, config: Any) -> None:
@@ -41,7 +41,9 @@ class GroupedGlm4Moe(Glm4Moe):
             layer.mlp.experts = GroupedExperts(config)
 
 
-def load_model(folder: Path, load_in_4bit: bool = False, attention: str = "packed", grouped: bool = True) -> Glm4Moe:
+def load_model(
+    folder: Path, load_in_4bit: bool = False, attention: str = "packed", grouped: bool = True
+) -> NoMtpGlm4MoeForCausalLM:
     """The model, ready for an adapter, in bounded host memory: shards are mapped and go to their device at once.
 
     On a CPU it is float32. On one GPU bf16, or with `load_in_4bit` packed while it is read. Started by `torchrun` on
@@ -51,7 +53,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, attention: str = "packe
 
     Args:
         attention: `packed` for batches of `PackedRows`, else a name that transformers knows.
-        grouped: experts of `GroupedGlm4Moe`; without it transformers' own, whose adapter peft adds to the weights.
+        grouped: experts of `GroupedGlm4MoeForCausalLM`; else transformers' own, to whose weights peft adds the adapter.
 
     Raises:
         CourseError: missing or damaged shards, or more processes than experts to share out.
@@ -74,6 +76,7 @@ def load_model(folder: Path, load_in_4bit: bool = False, attention: str = "packe
         )
     elif gpu:
         how["device_map"] = "auto"
-    model = (GroupedGlm4Moe if grouped or load_in_4bit else Glm4Moe).from_pretrained(folder, **how)
+    kind = GroupedGlm4MoeForCausalLM if grouped or load_in_4bit else NoMtpGlm4MoeForCausalLM
+    model = kind.from_pretrained(folder, **how)
     model.config.use_cache = False  # training reads each row once
     return model

@@ -7,11 +7,11 @@ import sys
 
 import nbformat
 import pytest
-import runs
 from conftest import ROOT
 from nbclient import NotebookClient
 
 import utils
+from finetune import resume
 
 NAMES = ["03_dataset", "04_chat_template", "05_lora_training", "06_inference"]
 TEA_ROWS = [
@@ -148,7 +148,7 @@ def test_training_twice_in_one_kernel_is_refused(cell):
     with pytest.raises(utils.CourseError, match="This kernel has trained already"):
         exec(source, {"utils": utils, "model": Adapter(0.1)})
     with pytest.raises(NameError, match="run_folder"):  # an untouched adapter passes the guard and goes on
-        exec(source, {"utils": utils, "runs": runs, "model": Adapter(0.0)})
+        exec(source, {"utils": utils, "resume": resume, "model": Adapter(0.0)})
 
 
 def planted(folder, source, outputs=(), **metadata):
