@@ -222,16 +222,28 @@ class Plan:
             passes=self.recipe.gradient_accumulation_steps,
             how=say("with") if self.recipe.gradient_checkpointing else say("without"),
         )
-        memory = "  memory of {where}: {terms} = {peak:.1f} of {room:.1f} GiB"
-        disk = "  disk: {gib:.2f} GiB a checkpoint, two kept and one being written; {free:.0f} GiB free"
-        time = "  time: {steps} steps of about {seconds:.2f} s: {lasts}"
         return "\n".join(
             [
                 first,
                 say("  {count:,} trainable parameters", count=sum(self.trained.values())),
-                say(memory, where=where, terms=terms, peak=self.peak, room=self.room),
-                say(disk, gib=self.checkpoint_gib, free=self.machine.disk_gib),
-                say(time, steps=self.steps, seconds=self.step_seconds, lasts=self._duration()),
+                say(
+                    "  memory of {where}: {terms} = {peak:.1f} of {room:.1f} GiB",
+                    where=where,
+                    terms=terms,
+                    peak=self.peak,
+                    room=self.room,
+                ),
+                say(
+                    "  disk: {gib:.2f} GiB a checkpoint, two kept and one being written; {free:.0f} GiB free",
+                    gib=self.checkpoint_gib,
+                    free=self.machine.disk_gib,
+                ),
+                say(
+                    "  time: {steps} steps of about {seconds:.2f} s: {lasts}",
+                    steps=self.steps,
+                    seconds=self.step_seconds,
+                    lasts=self._duration(),
+                ),
                 say("  fits") if self.fits else say("  does not fit. {advice}", advice=self.advice),
             ]
         )

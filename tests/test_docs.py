@@ -294,7 +294,7 @@ def test_a_message_that_is_provoked_is_on_the_page(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("gpus", "gib", "rank", "entry"),
     [
-        (4, 80.0, 8, "torchrun --nproc-per-node ‹n› -m finetune train --batch-size ‹n›."),
+        (4, 80.0, 8, "This would fit in ‹n› GiB: ‹command›."),
         (1, 24.0, 8, "would do (‹n› GiB each)."),
         (1, 24.0, 4096, "Nothing up to 16 GPUs"),
     ],

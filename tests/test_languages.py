@@ -22,7 +22,7 @@ WORDS = json.loads((languages.ZH / "words.json").read_text(encoding="utf-8"))
 GLOSSES = json.loads((languages.EN / "glosses.json").read_text(encoding="utf-8"))
 SOURCES = [ROOT / name for name in (*languages.HELPERS, "tools/headers.py")]
 #: Texts that reach `say` as the value of a variable: names of curves, terms of a plan, sets of questions, bars.
-BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "gathered layers", "adapter and optimiser"}
+BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "gathered layers", "adapter and optimizer"}
 BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared experts", "routed experts", "this model"}
 BY_NAME |= {"by row", "by group", "prose, base", "her answers, base", "prose, adapter", "her answers, adapter"}
 #: English in both languages: notebook 08 and the bar of `widgets.watched` read these lines.
