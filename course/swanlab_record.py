@@ -98,7 +98,7 @@ def ask_for_key() -> bool:
 
 def recording_mode(settings: utils.Settings) -> str:
     """SwanLab's mode for the course's settings; without a cloud that answers and takes the key, `local`, and said."""
-    if settings.swanlab_mode != "cloud":
+    if settings.swanlab_mode not in ("online", "cloud"):
         return settings.swanlab_mode
     trouble = cloud_trouble()
     if "SWANLAB_API_KEY" in trouble and ask_for_key():

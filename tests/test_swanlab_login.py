@@ -148,3 +148,9 @@ def test_the_kernel_still_says_whether_it_may_ask():
     assert utils.pins()["ipykernel"] == "7.4.0"
     assert Kernel.class_traits()["_allow_stdin"].default_value is False
     assert issubclass(StdinNotImplementedError, NotImplementedError)
+
+
+def test_the_private_names_of_swanlab_that_are_used_are_those_of_the_pinned_version():
+    """`course/swanlab_record.py` reads SwanLab's own database and its key; after another pin, look at both again."""
+    assert utils.pins()["swanlab"] == "0.10.3"
+    assert {"api_key", "api_host"} <= set(dir(__import__("swanlab").Settings()))
