@@ -140,7 +140,7 @@ def test_two_that_train_into_one_folder(course, undisturbed, second, fault):
     fault.record(
         AREA,
         "two trainings with one output folder",
-        f"notebook 05 trains, then a second {'kernel' if second == 'notebook' else 'the command'} begins",
+        f"notebook 05 trains, then a second {'kernel' if second == 'notebook' else 'command'} begins",
         "the second stops with one message; the first ends as if alone",
     )
 
