@@ -214,7 +214,7 @@ def _within(model: str) -> str:
 
 
 def locked(path: Path, seconds: float = -1) -> Any:
-    """Take the lock that a file stands for; the system gives it back when the process ends, however it ends.
+    """Take the lock of a file; the system gives it back when the process ends, however it ends.
 
     Args:
         seconds: how long to wait for another process that holds it; -1 for as long as it takes, 0 not at all.

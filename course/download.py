@@ -1,4 +1,4 @@
-"""What stands between a hub and this machine: proxies, what is still to fetch, and a message for each fault.
+"""What lies between a hub and this machine: proxies, what is still to fetch, and a message for each fault.
 
 Knows ModelScope's client and its errors. Knows nothing of what a fetched model must hold (`model_folder`).
 """
@@ -153,7 +153,7 @@ def download_errors(model_id: str, endpoint: str | None = None) -> Iterator[None
         raise
     except Exception as error:
         failed = list((getattr(error, "failed_files", None) or {"": error}).items())
-        # One file's error stands for all; a full disk before others, for it may be their cause.
+        # One file's error represents all; a full disk before others, for it may be their cause.
         name, cause = max(failed, key=lambda one: getattr(one[1], "errno", None) == errno.ENOSPC)
         files = f": {name}" if name else ""
         if name and len(failed) > 1:
@@ -166,7 +166,7 @@ def download_errors(model_id: str, endpoint: str | None = None) -> Iterator[None
 
 
 def _download_advice(name: str, error: BaseException) -> str:
-    """What happened to a file (or, without a name, to the listing), and the mend."""
+    """What happened to a file (or, without a name, to the listing), and what helps."""
     from modelscope_hub import errors as hub
 
     again = say("Run this cell again: what has arrived is kept, and only the rest is fetched.")

@@ -1,8 +1,8 @@
 """The language of what the course says to a learner: that of the notebook it is said in.
 
-English stands in the code. `notebooks/zh/words.json` holds the Chinese of each such text under the English one, and
-`notebooks/en/glosses.json` the English of the Chinese dialogue that the notebooks show. A text goes to `say` as it
-stands, or by a variable called `message`, so that `tests/test_languages.py` finds it and says what is missing.
+The code holds the English texts. `notebooks/zh/words.json` holds the Chinese of each under the English one, and
+`notebooks/en/glosses.json` the English of the Chinese dialogue that the notebooks show. A text goes to `say` as a
+literal, or by a variable called `message`, so that `tests/test_languages.py` finds it and says what is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def table(name: str, language: str) -> dict[str, str]:
 
 
 def translated(english: str) -> str:
-    """The text in the language of the notebook, as it stands in `words.json`; English where that has none."""
+    """The text in the language of the notebook, from `words.json`; English where that has none."""
     return table("words.json", current()).get(english, english)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from course.language import say
 
-#: The value of a key that stands twice in one object of a data file; JSON readers keep the last one silently.
+#: The value of a key that occurs twice in one object of a data file; JSON readers keep the last one silently.
 TWICE = object()
 #: Keys that only a row has: an object with one of them is a row, or a table of columns.
 ROW_KEYS = {"instruction", "output", "query", "prompt", "question", "response", "completion", "answer"}
@@ -179,7 +179,7 @@ def _sense(text: str) -> float:
 
 
 def parse(text: str) -> Any:
-    """The JSON in a text, JSON Lines as a list; a key that stands in an object twice has the value `TWICE`.
+    """The JSON in a text, JSON Lines as a list; a key that occurs twice in an object has the value `TWICE`.
 
     Raises:
         ValueError: neither, with a hint at what it may be.
@@ -202,7 +202,7 @@ def parse(text: str) -> Any:
                 rows.append(json.loads(line, object_pairs_hook=once))
             except (ValueError, RecursionError) as error:
                 why = re.sub(r": line 1 column (\d+).*", r", column \1", str(error))
-                message = "JSON Lines, but line {line} is not JSON ({why}). One row a line: mend that one."
+                message = "JSON Lines, but line {line} is not JSON ({why}). One row a line: correct that one."
                 raise ValueError(say(message, line=number, why=why)) from None
         return rows
     hints = {

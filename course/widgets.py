@@ -17,7 +17,7 @@ from course.language import gloss, glossed, say, translated
 
 
 def token_boxes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, int, bool]]:
-    """What stands in each box of a mask: its text, its number of tokens, and whether they are trained.
+    """What is in each box of a mask: its text, its number of tokens, and whether they are trained.
 
     Tokens that only together make a character (its bytes) share a box.
 

@@ -71,11 +71,6 @@ def test_the_prediction_for_four_gpus_is_the_planners():
         assert f"{int(samples) * 60.6 / made.step_seconds:,.0f}" == tokens, line
 
 
-def test_two_h200_reach_what_the_course_promises(measured):
-    rows = [row for row in measured if row.get("gpus") == 2 and row["bits"] == 16 and "H200" in row["gpu"]]
-    assert max(row["tokens_per_second"] for row in rows) >= 6000
-
-
 @pytest.mark.parametrize(
     "name", ["README.md", "README.zh-CN.md", "notebooks/en/08_full_size.ipynb", "notebooks/zh/08_full_size.ipynb"]
 )
@@ -93,13 +88,6 @@ def test_how_much_faster_is_said_of_equal_batches(measured, name):
         text = "\n".join(cell["source"] for cell in nbformat.reads(text, as_version=4).cells)
     said = set(re.findall(r"(\d+\.\d) (?:times|倍)", text))
     assert said == expected
-
-
-def test_one_gpu_of_80_gb_reaches_what_the_course_promises(measured):
-    rows = [row for row in measured if row["recipe"] == "ours" and row["layers"] == 46 and row["bits"] == 4]
-    best = max(rows, key=lambda row: row["tokens_per_second"])
-    assert best["tokens_per_second"] >= 1000
-    assert max(best["peak_gib"]) <= 76
 
 
 def test_it_runs_without_a_gpu(tmp_path):

@@ -85,10 +85,9 @@ def planned(row):
 
 
 @pytest.mark.parametrize("row", measured(), ids=named)
-def test_memory_and_time_are_near_what_was_measured(row):
+def test_memory_is_near_what_was_measured(row):  # the time's rates were fitted to these rows
     made = planned(row)
     assert made.peak == pytest.approx(max(row["peak_gib"]), rel=0.10)
-    assert made.step_seconds == pytest.approx(row["step_seconds"], rel=0.30)
     assert made.fits  # it ran
 
 

@@ -40,14 +40,6 @@ def test_one_run_learns_and_reports_every_figure(monkeypatch):
     assert run["alpha"] == 32 and 0 <= run["equal"] <= 1
 
 
-def test_the_best_pair_has_neighbours_on_every_side_and_three_seeds():
-    found = cells()
-    assert all(len(losses) >= 3 for losses in found.values())
-    alpha, rate = min(found, key=lambda pair: sum(found[pair]))
-    assert min(a for a, _ in found) < alpha < max(a for a, _ in found)
-    assert min(r for _, r in found) < rate < max(r for _, r in found)
-
-
 def test_the_course_uses_a_pair_that_three_seeds_cannot_tell_from_the_best():
     notebook = nbformat.read(ROOT / "notebooks" / "en" / "05_lora_training.ipynb", as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")

@@ -34,7 +34,7 @@ def test_a_good_machine_is_a_go():
 
 
 @pytest.mark.parametrize(
-    ("changed", "said", "found", "mend"),
+    ("changed", "said", "found", "cure"),
     [
         ({"free_memory": 15.9}, "NO-GO: memory", "15.9 GiB free; 8 x 2.0 = 16.0 GiB needed", "enough for 7"),
         ({"free_disk": 3.9}, "NO-GO: disk", "3.9 GiB free; 8 x 0.50 = 4.0 GiB needed", "COURSE_OUTPUT"),
@@ -45,12 +45,12 @@ def test_a_good_machine_is_a_go():
         ({"fonts": []}, "NO-GO: Chinese font", "none", "fonts-noto-cjk"),
     ],
 )
-def test_what_is_missing_is_a_no_go_with_its_mend(changed, said, found, mend):
+def test_what_is_missing_is_a_no_go_with_its_mend(changed, said, found, cure):
     verdict, checks = judged(**changed)
     assert verdict == said
     check = checks[said.removeprefix("NO-GO: ")]
     assert found in check.found
-    assert mend in check.mend
+    assert cure in check.cure
 
 
 @pytest.mark.parametrize("changed", [{"free_memory": 16.0}, {"free_disk": 4.0}, {"cores": 2}, {"fonts": None}])
@@ -86,7 +86,7 @@ def test_fonts_of_other_machines_are_not_looked_at():
 def test_a_wrong_python_or_package_is_named(python, wrong, said, found):
     checks = go_or_no_go.software(python, wrong)
     assert go_or_no_go.verdict(checks) == said
-    assert any(found in check.found and check.mend for check in checks if not check.good)
+    assert any(found in check.found and check.cure for check in checks if not check.good)
 
 
 def test_a_missing_package_stops_the_rest(monkeypatch, capsys):
@@ -134,12 +134,12 @@ def test_the_short_run_runs(tmp_path, monkeypatch):
     done = go_or_no_go.smoke(1, 2)
     assert done.good, done
     assert done.found.startswith("1 of 1 kernels ran")
-    # The same with a notebook that stops: its message is the mend.
+    # The same with a notebook that stops: its message is the cure.
     monkeypatch.setattr(go_or_no_go.subprocess, "Popen", failing(go_or_no_go.subprocess.Popen))
     done = go_or_no_go.smoke(2, 2)
     assert not done.good
     assert done.found.startswith("0 of 2")
-    assert "03_dataset: CourseError" in done.mend
+    assert "03_dataset: CourseError" in done.cure
 
 
 def failing(start):

@@ -1,6 +1,6 @@
 """The header of each notebook: what it costs, what it needs, when it was last verified; data first, table second.
 
-The data stands in the notebook's metadata under `course`; the cell tagged `header` shows it as a table, with the
+The data is in the notebook's metadata under `course`; the cell tagged `header` shows it as a table, with the
 notebook's contents and its neighbours below; the cell tagged `footer` leads on. `make store` writes them from a
 measured run, and `make test` compares them with a run of its own.
 
@@ -165,8 +165,8 @@ def problems(notebook: nbformat.NotebookNode, name: str, language: str = "en") -
         return [f"{name}: no header or no footer; run `make store`"]
     found = []
     if shown["header"] != [head(notebook, name, language)] or shown["footer"] != [neighbours(name, language)]:
-        mend = "run `python tools/headers.py` or `make store`"
-        found.append(f"{name}: header or footer are not what metadata and titles say; {mend}")
+        cure = "run `python tools/headers.py` or `make store`"
+        found.append(f"{name}: header or footer are not what metadata and titles say; {cure}")
     if data["packages"] != packages(notebook):
         found.append(f"{name}: the header's versions are not the pins of what it imports; run `make store`")
     if data["needs"] != NEEDS.get(name, ""):

@@ -69,7 +69,7 @@ SAY = {"say", "glossed", "gloss", "translated"}
 def names_in(node: ast.AST) -> tuple[set[str], set[str]]:
     """The bare names that are read below a node, and those of a helper module (`utils.check`: check).
 
-    Not in a `raise`, for it ends a cell and so stands in no stored output; but a caught CourseError may be printed.
+    Not in a `raise`, for it ends a cell and so is in no stored output; but a caught CourseError may be printed.
     """
     bare, of_helpers, todo = set(), set(), [node]
     while todo:
@@ -200,7 +200,7 @@ def sections(text: str) -> list[str]:
 
 
 def mark_of(english: str, chinese: str) -> str:
-    """The pair of hashes that stands for two matching texts."""
+    """The pair of hashes of two matching texts."""
     return " ".join(hashlib.sha256(text.strip().encode()).hexdigest()[:10] for text in (english, chinese))
 
 

@@ -2,7 +2,7 @@
 
 `make workshop LEARNERS=12` compares the machine with what eight learners took when they were measured
 (`workshop/measured_room.json`), then lets several kernels run two short notebooks at the same time, each with an output
-folder of its own. It prints a table with a mend for whatever is missing; the last line is the verdict, and so is the
+folder of its own. It prints a table with a cure for whatever is missing; the last line is the verdict, and so is the
 exit status. Everything that is derived from the measured figures counts on cores about as fast as the measured ones.
 """
 
@@ -40,12 +40,12 @@ SMOKE_KERNELS = 4
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: what was looked at, whether it is good, what was found, and the mend if it is not."""
+    """One line of the table: what was looked at, whether it is good, what was found, and the cure if it is not."""
 
     what: str
     good: bool
     found: str
-    mend: str = ""
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,8 @@ def verdict(checks: list[Check]) -> str:
 
 def show(checks: list[Check]) -> None:
     """Print the table and the verdict."""
-    lines = [("✓" if one.good else "✗", one.what, one.found, "" if one.good else one.mend) for one in checks]
-    utils.table(lines, ("", "checked", "found", "mend"))
+    lines = [("✓" if one.good else "✗", one.what, one.found, "" if one.good else one.cure) for one in checks]
+    utils.table(lines, ("", "checked", "found", "cure"))
     print(verdict(checks))
 
 

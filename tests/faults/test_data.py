@@ -107,7 +107,7 @@ REFUSED = [
     Case("cut off inside a text", rows_of()[:-9], ("line 1 column", "ends too early")),
     Case("cut off between rows", TEXT.split(", {")[0].encode(), ("line 1 column", "ends too early")),
     Case("cut off after a comma", b"[" + json.dumps(GOOD).encode() + b",\n", ("line 2", "ends too early")),
-    Case("JSON Lines with a slip", LINES[:-1] + b",}", ("JSON Lines, but line 2 is not JSON", "mend that one")),
+    Case("JSON Lines with a slip", LINES[:-1] + b",}", ("JSON Lines, but line 2 is not JSON", "correct that one")),
     Case("two lists one after the other", rows_of() + rows_of(), ("Extra data", "put them into one list")),
     Case("a table without a head", b"1,2,3", ("a first line with the names",)),
     Case(
