@@ -1,6 +1,6 @@
 """What a training run needs to outlive a killed process, an interrupt and a full disk, and to go on afterwards.
 
-For notebook 05 and `python -m finetune train`: who may write the run's folder, which checkpoint is whole, and a clean stop.
+For notebook 05 and the command: who may write the folder of a run, which checkpoint is whole, and a clean stop.
 """
 
 from __future__ import annotations
