@@ -315,7 +315,7 @@ planner.plan = lambda *given, **named: replace(usual(*given, **named), eval_batc
 class Told(train.ShardedTrainer):
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
-        print("@rows", self.args.per_device_eval_batch_size, flush=True)
+        print(f"@rows {self.args.per_device_eval_batch_size}\\n", end="", flush=True)
 train.ShardedTrainer = Told
 sys.exit(commands.main(["train", *sys.argv[1:]]))
 """

@@ -458,7 +458,7 @@ trainer.add_callback(Slow())
 
 STEPS = """
 from transformers.trainer_callback import DefaultFlowCallback
-DefaultFlowCallback.on_step_begin = lambda self, args, state, *_, **__: print("@step", state.global_step, flush=True)
+DefaultFlowCallback.on_step_begin = lambda self, args, state, *_, **__: print(f"@step {state.global_step}\\n", end="", flush=True)
 """
 
 
@@ -712,7 +712,8 @@ if dist.get_rank() == 0 and order:
 seen = []
 resume.written_to_its_end = lambda path: seen.append(path) or (path / "written").exists()
 resume.whole = lambda path: path
-print(dist.get_rank(), resume.kept_checkpoint(folder, order), len(seen), flush=True)
+kept = resume.kept_checkpoint(folder, order)
+print(f"{dist.get_rank()} {kept} {len(seen)}\\n", end="", flush=True)  # one write: the other process prints too
 dist.destroy_process_group()
 """
 
