@@ -123,8 +123,13 @@ def run(chosen: argparse.Namespace) -> None:
         course = utils.settings()
         adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
         count = checkpoint.merge(model_folder(course), adapter, Path(chosen.folder))
-        message = "{count:,} tensors changed; the checkpoint is in {folder}"
-        print(say(message, count=count, folder=utils.shown(chosen.folder)))
+        print(
+            say(
+                "{count:,} tensors changed; the checkpoint is in {folder}",
+                count=count,
+                folder=utils.shown(chosen.folder),
+            )
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
