@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
         for flag in (one.partition("=")[0] for one in wrong if one.startswith("-")):
             near = OTHER_NAMES.get(flag.replace("_", "-")) or next(iter(difflib.get_close_matches(flag, flags)), "")
             meant += [say("For {flag} use {near}.", flag=flag, near=near)] if near else []
-        self.exit(2, f"{self.prog}: {message}. {' '.join(meant) or say('--help lists all flags.')}\n")
+        advice = " ".join(meant) or say("--help lists all flags.")
+        self.exit(2, f"{self.prog}: {message}. {advice}\n")
 
 
 def parser() -> Parser:

@@ -192,8 +192,8 @@ def require_even_shares(recipe: planner.Recipe, processes: int) -> None:
         how = {"processes": processes, "passes": recipe.gradient_accumulation_steps, "share": share}
         raise utils.CourseError(
             say(
- "
-                "               "--batch-size {batch} cannot be divided over {processes} process(es) and {passes} accumulation step(s). "
+                "--batch-size {batch} cannot be divided over {processes} process(es) "
+                "and {passes} accumulation step(s). "
                 "Use a multiple of {share}.",
                 batch=recipe.batch_size,
                 **how,
