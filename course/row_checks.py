@@ -116,13 +116,9 @@ def _problem(name: str, text: Any, may_be_empty: bool = False) -> str:
         return say("'{name}' is {kind}, not text: put it in double quotes", name=name, kind=type(text).__name__)
     if stray := STRAY.search(text):
         half = "\ud800" <= stray[0] <= "\udfff"
-        return say(
-            "'{name}' holds U+{code:04X} ({what}) at place {place}: delete it",
-            name=name,
-            code=ord(stray[0]),
-            what=say("half of a character") if half else say("which stands for no text"),
-            place=stray.start() + 1,
-        )
+        what = say("half of a character") if half else say("which stands for no text")
+        holes = {"code": ord(stray[0]), "what": what, "place": stray.start() + 1}
+        return say("'{name}' holds U+{code:04X} ({what}) at place {place}: delete it", name=name, **holes)
     if not may_be_empty and all(c.isspace() or unicodedata.category(c) == "Cf" for c in text):
         return say("'{name}' is empty: write it, or delete the row", name=name)
     if len(text) > LONGEST_FIELD:
