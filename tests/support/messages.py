@@ -21,10 +21,9 @@ MODULES = ("utils.py", "tools/headless.py")
 MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob("*.py")))
 MODULES += tuple(f"finetune/{path.name}" for path in sorted((ROOT / "finetune").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
-SPEAKING = set(
-    "parse cloud_trouble nearest other_kind read_rows decoded one_form "
-    "_name_error _download_advice _listed _three_fields _missing _problem _conversation _turns _turn _order _line".split()
-)
+SPEAKING = {"_name_error", "_download_advice", "cloud_trouble", "nearest", "parse", "other_kind", "read_rows"}
+SPEAKING |= {"decoded", "_listed", "one_form", "_three_fields", "_missing", "_problem", "_conversation", "_turns"}
+SPEAKING |= {"_turn", "_order", "_line"}
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 
