@@ -21,7 +21,7 @@ endif
 # The language of run, lab and test:  make run COURSE_LANGUAGE=zh
 export COURSE_LANGUAGE ?= en
 
-.PHONY: setup run lab dashboard test test-both test-faults test-browser lint benchmark workshop store lock model clean
+.PHONY: setup run lab dashboard test test-both test-faults test-browser lint benchmark workshop store translations lock model clean
 
 setup: $(VENV)/ready
 
@@ -96,6 +96,10 @@ store: setup
 		&& $(BIN)/ruff format -q notebooks
 	@$(BIN)/python tools/languages.py sync
 	@rm -rf output && COURSE_LANGUAGE=zh $(BIN)/python tools/run_series.py --store
+
+# After a text in the code has changed: what has no Chinese yet is empty or fuzzy in course/locale (tools/README.md).
+translations: setup
+	@$(BIN)/python tools/translations.py update compile
 
 # After a pin has changed: the lock files anew. It needs a package index.
 lock: setup $(VENV)/linters

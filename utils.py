@@ -72,8 +72,9 @@ class Settings:
 
 
 def _unknown(name: str, value: str, known: Sequence[str]) -> CourseError:
-    message = "{name}={value} is unknown. Use one of: {known}."
-    return CourseError(say(message, name=name, value=value, known=", ".join(known)))
+    return CourseError(
+        say("{name}={value} is unknown. Use one of: {known}.", name=name, value=value, known=", ".join(known))
+    )
 
 
 def _from_environment(name: str, default: str) -> str:
@@ -158,15 +159,24 @@ def need_home() -> None:
         return
     other = ROOT / (os.environ.get("COURSE_OUTPUT") or "output") / "home"
     if not _writable(other):
-        message = (
-            "Neither HOME={home} nor {other} can be written. Set HOME and COURSE_OUTPUT to folders that you may write."
+        print(
+            say(
+                "Neither HOME={home} nor {other} can be written. "
+                "Set HOME and COURSE_OUTPUT to folders that you may write.",
+                home=home,
+                other=other,
+            )
         )
-        print(say(message, home=home, other=other))
         return
     other.mkdir(parents=True, exist_ok=True)
     os.environ["HOME"] = str(other)
-    message = "HOME={home} cannot be written, so the libraries keep their files in {other}. Set HOME to change that."
-    print(say(message, home=home, other=other))
+    print(
+        say(
+            "HOME={home} cannot be written, so the libraries keep their files in {other}. Set HOME to change that.",
+            home=home,
+            other=other,
+        )
+    )
 
 
 def _shell() -> Any:
@@ -233,8 +243,12 @@ def locked(path: Path, seconds: float = -1) -> Any:
     except (OSError, NotImplementedError) as error:
         if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
             raise
-        message = "{folder}: this file system knows no locks. Let only one notebook at a time write there."
-        print(say(message, folder=shown(path.parent)))
+        print(
+            say(
+                "{folder}: this file system knows no locks. Let only one notebook at a time write there.",
+                folder=shown(path.parent),
+            )
+        )
         return None
     return lock
 
@@ -288,8 +302,14 @@ def not_written(folder: Path, error: OSError) -> CourseError:
         errno.ENAMETOOLONG: say("Set COURSE_OUTPUT to a folder with a shorter path."),
     }
     cure = cures.get(error.errno, say("Set COURSE_OUTPUT to a folder that you may write."))
-    message = "{folder} cannot be written ({reason}). {cure}"
-    return CourseError(say(message, folder=shown(folder), reason=error.strerror or error, cure=cure))
+    return CourseError(
+        say(
+            "{folder} cannot be written ({reason}). {cure}",
+            folder=shown(folder),
+            reason=error.strerror or error,
+            cure=cure,
+        )
+    )
 
 
 @contextmanager
@@ -314,8 +334,9 @@ def remake(folder: Path, settings: Settings, **made_with: Any) -> Iterator[Path]
             new.replace(folder)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
-                message = "Another notebook writes {folder} just now. Run this cell again."
-                raise CourseError(say(message, folder=shown(folder))) from None
+                raise CourseError(
+                    say("Another notebook writes {folder} just now. Run this cell again.", folder=shown(folder))
+                ) from None
             raise
     except OSError as error:
         about = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -336,20 +357,45 @@ def require(path: Path, notebook: str, settings: Settings, **made_with: Any) -> 
     try:
         facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        message = "{path} is not there yet. Run notebook {notebook} first, then this cell again."
-        raise CourseError(say(message, path=shown(path), notebook=notebook)) from None
+        raise CourseError(
+            say(
+                "{path} is not there yet. Run notebook {notebook} first, then this cell again.",
+                path=shown(path),
+                notebook=notebook,
+            )
+        ) from None
     if not settings.data.is_file():
         raise CourseError(say("{path}: no such file. Check COURSE_DATA.", path=shown(settings.data)))
     if facts["data"] != hashlib.sha256(settings.data.read_bytes()).hexdigest():
-        message = "{path} was made from other data than {data}. Run {notebook} again."
-        raise CourseError(say(message, path=shown(path), data=shown(settings.data), notebook=notebook))
+        raise CourseError(
+            say(
+                "{path} was made from other data than {data}. Run {notebook} again.",
+                path=shown(path),
+                data=shown(settings.data),
+                notebook=notebook,
+            )
+        )
     if _within(facts["model"]) != _within(settings.model):
-        message = "{path} was made for another model ({model}). Run {notebook} again."
-        raise CourseError(say(message, path=shown(path), model=shown(facts["model"]), notebook=notebook))
+        raise CourseError(
+            say(
+                "{path} was made for another model ({model}). Run {notebook} again.",
+                path=shown(path),
+                model=shown(facts["model"]),
+                notebook=notebook,
+            )
+        )
     for name, value in made_with.items():
         if (found := facts.get(name)) != value:
-            message = "{path} was made with {name} = {found}, not {value}. Run {notebook} again."
-            raise CourseError(say(message, path=shown(path), name=name, found=found, value=value, notebook=notebook))
+            raise CourseError(
+                say(
+                    "{path} was made with {name} = {found}, not {value}. Run {notebook} again.",
+                    path=shown(path),
+                    name=name,
+                    found=found,
+                    value=value,
+                    notebook=notebook,
+                )
+            )
     return path
 
 

@@ -41,8 +41,9 @@ def proxy_for(url: str) -> str:
 
 def _through_proxy(url: str) -> str:
     """A sentence that names the proxy of an address, with a space before it; nothing where there is none."""
-    message = "The request went through the proxy {proxy}; check it, or name the host in no_proxy."
-    return f" {say(message, proxy=proxy)}" if (proxy := proxy_for(url)) else ""
+    if not (proxy := proxy_for(url)):
+        return ""
+    return " " + say("The request went through the proxy {proxy}; check it, or name the host in no_proxy.", proxy=proxy)
 
 
 @contextmanager
@@ -89,8 +90,15 @@ def hub_answers(model_id: str, seconds: float = 5.0) -> bool:
     thread.start()
     thread.join(seconds)
     if trouble[0]:
-        message = "{endpoint} {trouble}, so {model} cannot be fetched now. The bundled model shows the steps."
-        print(say(message, endpoint=endpoint, trouble=trouble[0], model=model_id) + _through_proxy(endpoint))
+        print(
+            say(
+                "{endpoint} {trouble}, so {model} cannot be fetched now. The bundled model shows the steps.",
+                endpoint=endpoint,
+                trouble=trouble[0],
+                model=model_id,
+            )
+            + _through_proxy(endpoint)
+        )
     return not trouble[0]
 
 
@@ -112,11 +120,15 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
     for file in listing:
         target = folder / file.path
         if not target.resolve().is_relative_to(folder.resolve()):
-            message = (
-                "{model}: {path!r} leads out of {cache}, so nothing was fetched. "
-                "Check COURSE_MODEL, and that folder for links."
+            raise utils.CourseError(
+                say(
+                    "{model}: {path!r} leads out of {cache}, so nothing was fetched. "
+                    "Check COURSE_MODEL, and that folder for links.",
+                    model=model_id,
+                    path=file.path,
+                    cache=utils.shown(cache),
+                )
             )
-            raise utils.CourseError(say(message, model=model_id, path=file.path, cache=utils.shown(cache)))
         ignored = any(fnmatch.fnmatch(file.path, pattern) for pattern in NEVER_FETCHED)
         if file.type == "tree" or ignored or (target.is_file() and target.stat().st_size == file.size):
             continue
@@ -124,11 +136,15 @@ def still_to_fetch(listing: Iterable[Any], model_id: str, cache: Path) -> list[s
         missing.append(file.path)
         needed += file.size - (begun.stat().st_size if begun.is_file() else 0)
     if needed > (free := shutil.disk_usage(folder).free):
-        message = (
-            "{model}: {needed:,.0f} MiB are still to come and {free:,.0f} MiB of disk are free. "
-            "Free some, or set COURSE_OUTPUT to a folder on a larger disk."
+        raise utils.CourseError(
+            say(
+                "{model}: {needed:,.0f} MiB are still to come and {free:,.0f} MiB of disk are free. "
+                "Free some, or set COURSE_OUTPUT to a folder on a larger disk.",
+                model=model_id,
+                needed=needed / 2**20,
+                free=free / 2**20,
+            )
         )
-        raise utils.CourseError(say(message, model=model_id, needed=needed / 2**20, free=free / 2**20))
     return missing
 
 
@@ -171,8 +187,9 @@ def _download_advice(name: str, error: BaseException) -> str:
 
     again = say("Run this cell again: what has arrived is kept, and only the rest is fetched.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = "the disk is full. Free some, or set COURSE_OUTPUT to a folder on a larger disk. {again}"
-        return say(message, again=again)
+        return say(
+            "the disk is full. Free some, or set COURSE_OUTPUT to a folder on a larger disk. {again}", again=again
+        )
     if isinstance(error.__cause__, hub.HubError) and not isinstance(error, hub.HubError):
         error = error.__cause__  # the client wraps some in an error of `requests`
     if isinstance(error, hub.NotExistError):
@@ -184,11 +201,16 @@ def _download_advice(name: str, error: BaseException) -> str:
             "the hub asks who you are. Put your token in the variable MODELSCOPE_API_TOKEN, or choose an open model."
         )
     if isinstance(error, hub.FileIntegrityError):
-        message = "what arrived is not what the hub lists (length or SHA-256), so it was thrown away. Later: {again}"
-        return say(message, again=again)
+        return say(
+            "what arrived is not what the hub lists (length or SHA-256), so it was thrown away. Later: {again}",
+            again=again,
+        )
     if isinstance(error, (hub.ServerError, hub.RateLimitError)):
-        message = "the hub is in trouble or overrun (HTTP {status}). Wait a little. {again}"
-        return say(message, status=error.status_code, again=again)
+        return say(
+            "the hub is in trouble or overrun (HTTP {status}). Wait a little. {again}",
+            status=error.status_code,
+            again=again,
+        )
     if isinstance(error, (hub.NetworkError, ConnectionError, TimeoutError)):
         return say("the connection broke off or stood still, several times. Check the network. {again}", again=again)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}. {again}"

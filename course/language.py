@@ -1,12 +1,14 @@
 """The language of what the course says to a learner: that of the notebook it is said in.
 
-The code holds the English texts. `notebooks/zh/words.json` holds the Chinese of each under the English one, and
-`notebooks/en/glosses.json` the English of the Chinese dialogue that the notebooks show. A text goes to `say` as a
-literal, or by a variable called `message`, so that `tests/test_languages.py` finds it and says what is missing.
+English stands in the code. The standard library's `gettext` takes the Chinese from `locale/zh/LC_MESSAGES/course.mo`,
+which is made from the `course.po` beside it. A text is a literal in its call of `say`, so that Babel finds it
+(`tools/translations.py`); one that is shown later, by `translated`, is the argument of `marked`.
+`notebooks/en/glosses.json` holds the English of the Chinese dialogue that the notebooks show.
 """
 
 from __future__ import annotations
 
+import gettext
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 LANGUAGES = ("en", "zh")
+LOCALE = Path(__file__).parent / "locale"
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
@@ -27,20 +30,24 @@ def current() -> str:
 
 
 @cache
-def table(name: str, language: str) -> dict[str, str]:
-    """A file of texts beside the notebooks of a language; empty where that language needs none."""
-    path = NOTEBOOKS / language / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def catalogue(language: str) -> gettext.NullTranslations:
+    """The translations into a language; for English, and for a language without a file, none."""
+    return gettext.translation("course", LOCALE, [language], fallback=True)
 
 
 def translated(english: str) -> str:
-    """The text in the language of the notebook, from `words.json`; English where that has none."""
-    return table("words.json", current()).get(english, english)
+    """A text that is `marked` or comes from a notebook, in the language of the notebook; else as it is."""
+    return catalogue(current()).gettext(english) if english else ""  # under "" a catalogue has its header
+
+
+def marked(english: str) -> str:
+    """The text itself: says to Babel that `translated` will be asked for it."""
+    return english
 
 
 def say_in(language: str, english: str, /, **holes: Any) -> str:
     """The text in that language, its {holes} filled in as `str.format` does."""
-    return table("words.json", language).get(english, english).format(**holes)
+    return catalogue(language).gettext(english).format(**holes)
 
 
 def say(english: str, /, **holes: Any) -> str:
@@ -48,13 +55,20 @@ def say(english: str, /, **holes: Any) -> str:
     return say_in(current(), english, **holes)
 
 
+@cache
+def glosses(language: str) -> dict[str, str]:
+    """Chinese texts to what they say in the language; empty where it needs no glosses."""
+    path = NOTEBOOKS / language / "glosses.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def gloss(text: str) -> str:
     """In an English notebook, what a Chinese text of the course says; empty for any other text, never a guess."""
-    return table("glosses.json", current()).get(text.strip(), "")
+    return glosses(current()).get(text.strip(), "")
 
 
 def glossed(text: str) -> str:
     """The text with its gloss behind it where the language has glosses; a Chinese text without one says so."""
-    if not table("glosses.json", current()) or not CHINESE.search(text):
+    if not glosses(current()) or not CHINESE.search(text):
         return text
     return f"{text} ({gloss(text) or 'no gloss'})"

@@ -42,21 +42,28 @@ def model_folder(settings: utils.Settings) -> Path:
     folder = Path(settings.model)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model):
-            message = "COURSE_MODEL={model}: no folder there, and no model id (owner/name) either."
-            raise utils.CourseError(say(message, model=settings.model))
+            raise utils.CourseError(
+                say("COURSE_MODEL={model}: no folder there, and no model id (owner/name) either.", model=settings.model)
+            )
         note = settings.output / "hub" / "fetched.json"
         fetched = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         if settings.model in fetched:
             folder = settings.output / "hub" / fetched[settings.model]
         elif not (folder := cached_model(settings.model)):
-            message = (
-                "{model} is not on this machine yet. Run notebook 02_download with internet first, "
-                "or set COURSE_MODEL to the folder that holds the model."
+            raise utils.CourseError(
+                say(
+                    "{model} is not on this machine yet. Run notebook 02_download with internet first, "
+                    "or set COURSE_MODEL to the folder that holds the model.",
+                    model=settings.model,
+                )
             )
-            raise utils.CourseError(say(message, model=settings.model))
     if not (folder / "config.json").is_file():
-        message = "{folder}: no config.json there, so no model. Check COURSE_MODEL or run 02_download."
-        raise utils.CourseError(say(message, folder=utils.shown(folder)))
+        raise utils.CourseError(
+            say(
+                "{folder}: no config.json there, so no model. Check COURSE_MODEL or run 02_download.",
+                folder=utils.shown(folder),
+            )
+        )
     return check(folder)
 
 
@@ -83,16 +90,23 @@ def whole(folder: Path) -> Path:
     """
     refuse_pointers(folder)
     if not any(folder.glob("*.safetensors")):
-        message = "{folder}: no *.safetensors there. The course loads no other kind of weights."
-        raise utils.CourseError(say(message, folder=utils.shown(folder)))
+        raise utils.CourseError(
+            say(
+                "{folder}: no *.safetensors there. The course loads no other kind of weights.",
+                folder=utils.shown(folder),
+            )
+        )
     index = folder / "model.safetensors.index.json"
     named = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
     if missing := sorted(name for name in set(named) if not (folder / name).is_file()):
-        message = (
-            "{folder}: its index names weights that are missing: {missing}. Run 02_download again; "
-            "if that does not bring them, the hub lacks them."
+        raise utils.CourseError(
+            say(
+                "{folder}: its index names weights that are missing: {missing}. Run 02_download again; "
+                "if that does not bring them, the hub lacks them.",
+                folder=utils.shown(folder),
+                missing=", ".join(missing),
+            )
         )
-        raise utils.CourseError(say(message, folder=utils.shown(folder), missing=", ".join(missing)))
     return folder
 
 
@@ -110,11 +124,14 @@ def refuse_pointers(folder: Path) -> None:
     """Raise a CourseError where a folder holds pointers of Git LFS in the place of files."""
     if names := pointers(folder):
         shown = ", ".join(names[:3]) + (say(" and {count} more", count=len(names) - 3) if len(names) > 3 else "")
-        message = (
-            "{folder}: {files}: pointers of Git LFS, not the files themselves. Run git lfs pull in that folder "
-            "(git lfs install first), or fetch the model with 02_download."
+        raise utils.CourseError(
+            say(
+                "{folder}: {files}: pointers of Git LFS, not the files themselves. Run git lfs pull in that folder "
+                "(git lfs install first), or fetch the model with 02_download.",
+                folder=utils.shown(folder),
+                files=shown,
+            )
         )
-        raise utils.CourseError(say(message, folder=utils.shown(folder), files=shown))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,12 +143,22 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        message = "{file} cannot be read as JSON ({reason}). Fetch this file again, with 02_download or git checkout."
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:80]
-        raise utils.CourseError(say(message, file=utils.shown(path), reason=reason)) from None
+        raise utils.CourseError(
+            say(
+                "{file} cannot be read as JSON ({reason}). Fetch this file again, with 02_download or git checkout.",
+                file=utils.shown(path),
+                reason=reason,
+            )
+        ) from None
     if not isinstance(found, dict):
-        message = "{file} cannot be read as JSON ({reason}). Fetch this file again, with 02_download or git checkout."
-        raise utils.CourseError(say(message, file=utils.shown(path), reason=type(found).__name__))
+        raise utils.CourseError(
+            say(
+                "{file} cannot be read as JSON ({reason}). Fetch this file again, with 02_download or git checkout.",
+                file=utils.shown(path),
+                reason=type(found).__name__,
+            )
+        )
     return found
 
 
@@ -140,11 +167,15 @@ def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
     how = config.get("quantization_config") or config.get("compression_config")
     if how:
         method = how.get("quant_method") or how.get("format") or "?" if isinstance(how, dict) else "?"
-        message = (
-            "{folder} is a quantised checkpoint ({method} in its config.json); LoRA is trained here on bf16 weights. "
-            "Take ZhipuAI/GLM-4.5-Air: set COURSE_MODEL to that id, or to the folder that holds it."
+        raise utils.CourseError(
+            say(
+                "{folder} is a quantised checkpoint ({method} in its config.json); "
+                "LoRA is trained here on bf16 weights. "
+                "Take ZhipuAI/GLM-4.5-Air: set COURSE_MODEL to that id, or to the folder that holds it.",
+                folder=utils.shown(folder),
+                method=method,
+            )
         )
-        raise utils.CourseError(say(message, folder=utils.shown(folder), method=method))
 
 
 def template_of(folder: Path) -> str:
@@ -155,19 +186,26 @@ def template_of(folder: Path) -> str:
     """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            message = "{folder}: {file} is missing. Fetch it with 02_download, or copy it from ZhipuAI/GLM-4.5-Air."
-            raise utils.CourseError(say(message, folder=utils.shown(folder), file=name))
+            raise utils.CourseError(
+                say(
+                    "{folder}: {file} is missing. Fetch it with 02_download, or copy it from ZhipuAI/GLM-4.5-Air.",
+                    folder=utils.shown(folder),
+                    file=name,
+                )
+            )
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, each with its name
         template = next((one.get("template") for one in template if one.get("name") == "default"), None)
     if not isinstance(template, str):
-        message = (
-            "{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json. "
-            "Copy chat_template.jinja from ZhipuAI/GLM-4.5-Air; a base model has none."
+        raise utils.CourseError(
+            say(
+                "{folder}: no chat template, neither chat_template.jinja nor in tokenizer_config.json. "
+                "Copy chat_template.jinja from ZhipuAI/GLM-4.5-Air; a base model has none.",
+                folder=utils.shown(folder),
+            )
         )
-        raise utils.CourseError(say(message, folder=utils.shown(folder)))
     return template
 
 
@@ -188,23 +226,28 @@ def check_template(folder: Path) -> None:
         if found != expected:
             first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if len(set(pair)) > 1), 0)
             start = max(min(first, len(found)) - 12, 0)
-            message = (
-                "{folder}: its chat template is not that of GLM-4.5-Air: {found!r} where {expected!r} is right. "
-                "Take chat_template.jinja of ZhipuAI/GLM-4.5-Air, the release of the weights."
-            )
             parts = {"found": found[start : first + 24], "expected": expected[start : first + 24]}
-            raise utils.CourseError(say(message, folder=utils.shown(folder), **parts))
+            raise utils.CourseError(
+                say(
+                    "{folder}: its chat template is not that of GLM-4.5-Air: {found!r} where {expected!r} is right. "
+                    "Take chat_template.jinja of ZhipuAI/GLM-4.5-Air, the release of the weights.",
+                    folder=utils.shown(folder),
+                    **parts,
+                )
+            )
 
 
 def check_ends(folder: Path) -> None:
     """Raise a CourseError where the tokens that end an answer are unknown, or are those of another release."""
     path = folder / "generation_config.json"
     if not path.is_file():
-        message = (
-            "{folder}: generation_config.json is missing, so the tokens that end an answer are not known. "
-            "Copy it from ZhipuAI/GLM-4.5-Air."
+        raise utils.CourseError(
+            say(
+                "{folder}: generation_config.json is missing, so the tokens that end an answer are not known. "
+                "Copy it from ZhipuAI/GLM-4.5-Air.",
+                folder=utils.shown(folder),
+            )
         )
-        raise utils.CourseError(say(message, folder=utils.shown(folder)))
     ids = read_json(path).get("eos_token_id")
     ids = set(ids if isinstance(ids, list) else [ids])
     known = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
@@ -213,11 +256,14 @@ def check_ends(folder: Path) -> None:
     else:
         place = {one["content"]: one["id"] for one in read_json(folder / "tokenizer.json").get("added_tokens", [])}
     if missing := [token for token in ENDS if place.get(token) not in ids]:
-        message = (
-            "{folder}: generation_config.json does not end an answer at {tokens}, as GLM-4.5-Air does. "
-            "Take generation_config.json and the tokenizer's files of one release, ZhipuAI/GLM-4.5-Air."
+        raise utils.CourseError(
+            say(
+                "{folder}: generation_config.json does not end an answer at {tokens}, as GLM-4.5-Air does. "
+                "Take generation_config.json and the tokenizer's files of one release, ZhipuAI/GLM-4.5-Air.",
+                folder=utils.shown(folder),
+                tokens=", ".join(missing),
+            )
         )
-        raise utils.CourseError(say(message, folder=utils.shown(folder), tokens=", ".join(missing)))
 
 
 def check(folder: Path) -> Path:
@@ -230,8 +276,13 @@ def check(folder: Path) -> Path:
     config = read_json(folder / "config.json")
     kind = config.get("model_type", "glm4_moe")
     if kind != "glm4_moe":
-        message = "{folder} is a {kind} model. The course is made for glm4_moe: template, layers, names."
-        raise utils.CourseError(say(message, folder=utils.shown(folder), kind=kind))
+        raise utils.CourseError(
+            say(
+                "{folder} is a {kind} model. The course is made for glm4_moe: template, layers, names.",
+                folder=utils.shown(folder),
+                kind=kind,
+            )
+        )
     refuse_quantised(folder, config)
     whole(folder)
     check_template(folder)

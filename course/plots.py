@@ -14,11 +14,23 @@ from functools import cache
 from typing import Any
 
 import utils
-from course.language import say
+from course.language import marked, say, translated
 from course.widgets import token_boxes
 
 #: Okabe and Ito's, told apart by colour-blind eyes; a marker, a kind of line or a word says the same each time.
 BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+#: The names that the notebooks give to panels, curves and sets of questions, for the translation.
+NAMES = (
+    marked("by row"),
+    marked("by group"),
+    marked("this model"),
+    marked("new wordings"),
+    marked("new answers"),
+    marked("prose, base"),
+    marked("her answers, base"),
+    marked("prose, adapter"),
+    marked("her answers, adapter"),
+)
 
 
 @cache
@@ -80,8 +92,14 @@ def mask_picture(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> u
             box = {"facecolor": "#bcdcff" if trained else "white", "edgecolor": "#0b4f9c" if trained else "#888888"}
             plot.text(left, line, text.replace("$", r"\$"), fontsize=9, va="center", bbox={"boxstyle": "square", **box})
     count = sum(label != -100 for label in labels)
-    message = "Mask of a sample: ● {count} of {all} tokens are trained, ○ the others are read only."
-    return picture(figure, say(message, count=count, all=len(ids)))
+    return picture(
+        figure,
+        say(
+            "Mask of a sample: ● {count} of {all} tokens are trained, ○ the others are read only.",
+            count=count,
+            all=len(ids),
+        ),
+    )
 
 
 def length_picture(lengths: Sequence[int], limit: int) -> utils.Shown:
@@ -91,8 +109,13 @@ def length_picture(lengths: Sequence[int], limit: int) -> utils.Shown:
     title = say("Sample lengths (limit {limit})", limit=limit)
     plot.set(xlabel=say("tokens"), ylabel=say("samples"), title=title)
     middle = sorted(lengths)[len(lengths) // 2]
-    message = "Histogram: {count} samples of {least} to {most} tokens, median {middle}."
-    alt = say(message, count=len(lengths), least=min(lengths), most=max(lengths), middle=middle)
+    alt = say(
+        "Histogram: {count} samples of {least} to {most} tokens, median {middle}.",
+        count=len(lengths),
+        least=min(lengths),
+        most=max(lengths),
+        middle=middle,
+    )
     return picture(figure, alt)
 
 
@@ -103,12 +126,21 @@ def nearest_picture(nearest: dict[str, Sequence[float]], limit: float) -> utils.
     for plot, (name, values) in zip(plots, nearest.items(), strict=True):
         plot.hist(values, bins=range(0, 105, 5), color=BLUE, edgecolor="white")
         plot.axvline(limit, color=RED, linestyle="--")
-        plot.set(title=say(name), xlabel=say("similarity"), ylabel=say("held-out questions"))
-        message = "{name}: {near} of {count} at {limit:.0f} or more"
+        plot.set(title=translated(name), xlabel=say("similarity"), ylabel=say("held-out questions"))
         near = sum(v >= limit for v in values)
-        said.append(say(message, name=say(name), near=near, count=len(values), limit=limit))
-    message = "Similarity of held-out to nearest kept questions. {panels} (dashed line)."
-    return picture(figure, say(message, panels=say("; ").join(said)))
+        said.append(
+            say(
+                "{name}: {near} of {count} at {limit:.0f} or more",
+                name=translated(name),
+                near=near,
+                count=len(values),
+                limit=limit,
+            )
+        )
+    return picture(
+        figure,
+        say("Similarity of held-out to nearest kept questions. {panels} (dashed line).", panels=say("; ").join(said)),
+    )
 
 
 def share_picture(groups: dict[str, dict[str, int]]) -> utils.Shown:
@@ -117,12 +149,12 @@ def share_picture(groups: dict[str, dict[str, int]]) -> utils.Shown:
     said = []
     for plot, (name, counts) in zip(plots, groups.items(), strict=True):
         total = sum(counts.values())
-        bars = plot.barh(list(map(say, counts)), [100 * count / total for count in counts.values()], color=BLUE)
+        bars = plot.barh(list(map(translated, counts)), [100 * count / total for count in counts.values()], color=BLUE)
         plot.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
-        plot.set(title=say(name), xlabel=say("% of the adapter"), xlim=(0, 150))
+        plot.set(title=translated(name), xlabel=say("% of the adapter"), xlim=(0, 150))
         plot.invert_yaxis()
-        shares = say(", ").join(f"{say(group)} {count / total:.1%}" for group, count in counts.items())
-        said.append(say("{title}: {shares}", title=say(name), shares=shares))
+        shares = say(", ").join(f"{translated(group)} {count / total:.1%}" for group, count in counts.items())
+        said.append(say("{title}: {shares}", title=translated(name), shares=shares))
     return picture(figure, say("Trainable parameters by group. {panels}.", panels=say("; ").join(said)))
 
 
@@ -136,29 +168,45 @@ def moved_picture(sizes: dict[str, dict[int, float]]) -> utils.Shown:
     plot.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     every = [value for by_layer in sizes.values() for value in by_layer.values()]
     still = sum(value == 0 for value in every)
-    message = "{count} matrices lora_B; {still} stand at zero; sizes from {least:.4f} to {most:.4f}."
-    return picture(figure, say(message, count=len(every), still=still, least=min(every), most=max(every)))
+    return picture(
+        figure,
+        say(
+            "{count} matrices lora_B; {still} stand at zero; sizes from {least:.4f} to {most:.4f}.",
+            count=len(every),
+            still=still,
+            least=min(every),
+            most=max(every),
+        ),
+    )
 
 
 def loss_picture(history: Sequence[dict[str, float]]) -> utils.Shown:
     """Training loss (line) and every held-out loss (dashed, each with a marker of its own) of a `Trainer`'s log."""
-    curves: dict[str, dict[int, float]] = {"training": {}}
+    curves: dict[str, dict[int, float]] = {marked("training"): {}}
     for row in history:
         for key, value in row.items():
             if key == "loss":
                 curves["training"][row["step"]] = value
             elif held_out := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
-                name = (held_out[1] or "held-out").replace("_", " ")
+                name = (held_out[1] or marked("held-out")).replace("_", " ")
                 curves.setdefault(name, {})[row["step"]] = value
     curves = {name: curve for name, curve in curves.items() if curve}
     figure, (plot,) = axes(height=3.2)
     looks = dict(zip((name for name in curves if name != "training"), ("o--", "s:", "^-."), strict=False))
     said = []
     for (name, curve), colour in zip(curves.items(), (BLUE, RED, GREEN, BLACK), strict=False):
-        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=say(name))
+        plot.plot(list(curve), list(curve.values()), looks.get(name, "-"), color=colour, label=translated(name))
         first, last = min(curve), max(curve)
-        message = "{name} from {start:.2f} at step {first} to {end:.2f} at step {last}"
-        said.append(say(message, name=say(name), start=curve[first], first=first, end=curve[last], last=last))
+        said.append(
+            say(
+                "{name} from {start:.2f} at step {first} to {end:.2f} at step {last}",
+                name=translated(name),
+                start=curve[first],
+                first=first,
+                end=curve[last],
+                last=last,
+            )
+        )
     plot.set(xlabel=say("step"), ylabel=say("nats a token"), title=say("Loss while training"), ylim=(0, None))
     plot.grid()
     if curves:
@@ -178,7 +226,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> utils.Shown:
     said = []
     for plot, (title, array) in zip(plots, shares.items(), strict=True):
         image = plot.imshow(100 * array, cmap="Blues", vmin=0, vmax=100 * top, aspect="auto")
-        plot.set(title=say(title), xlabel=say("expert"), ylabel=say("layer"))
+        plot.set(title=translated(title), xlabel=say("expert"), ylabel=say("layer"))
         some = range(0, len(array), -(-len(array) // 12))
         plot.set_yticks(some, [first_layer + i for i in some])
         if array.size <= 200:  # with 128 experts the figures would cover the picture
@@ -189,7 +237,14 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> utils.Shown:
         elif plot is plots[-1]:
             figure.colorbar(image, label=say("% of a layer's tokens"))
         busiest = array.argmax() // array.shape[1], array.argmax() % array.shape[1]
-        message = "{title}: most used is expert {expert} of layer {layer}, {share:.0%}"
         layer = first_layer + busiest[0]
-        said.append(say(message, title=say(title), expert=busiest[1], layer=layer, share=array.max()))
+        said.append(
+            say(
+                "{title}: most used is expert {expert} of layer {layer}, {share:.0%}",
+                title=translated(title),
+                expert=busiest[1],
+                layer=layer,
+                share=array.max(),
+            )
+        )
     return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels=say("; ").join(said)))

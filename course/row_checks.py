@@ -52,8 +52,12 @@ def one_form(row: Any, seen: Seen) -> tuple[dict[str, Any], list[str]]:
         only if there are no problems.
     """
     if not isinstance(row, dict):
-        message = "is {kind}, not an object: write {{'instruction': ..., 'input': ..., 'output': ...}}"
-        return {}, [say(message, kind=type(row).__name__)]
+        return {}, [
+            say(
+                "is {kind}, not an object: write {{'instruction': ..., 'input': ..., 'output': ...}}",
+                kind=type(row).__name__,
+            )
+        ]
     row = {key: value for key, value in row.items() if value is not None or key in ("instruction", "output")}
     talks = [key for key in CONVERSATIONS if row.get(key)]
     if not talks and isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
@@ -80,8 +84,11 @@ def _three_fields(row: dict[str, Any], seen: Seen) -> tuple[dict[str, Any], set[
             used.add(found[0])
             seen[found[0], name] += 1
         elif found:
-            message = "has {keys} and no '{name}': rename the one that is it"
-            problems.append(say(message, keys=", ".join(map(repr, found)), name=name))
+            problems.append(
+                say(
+                    "has {keys} and no '{name}': rename the one that is it", keys=", ".join(map(repr, found)), name=name
+                )
+            )
         else:
             problems.append(_missing(row, name))
     problems += [said for name in FIELDS if name in made and (said := _problem(name, made[name], name == "input"))]
@@ -96,33 +103,32 @@ def _three_fields(row: dict[str, Any], seen: Seen) -> tuple[dict[str, Any], set[
 def _missing(row: dict[str, Any], name: str) -> str:
     """Says that a field is missing, and which key may be it."""
     others = [repr(key[:30]) for key in row if key not in (*FIELDS, "system", "history", *CONVERSATIONS)][:5]
-    message = "has no field '{name}': add it"
     if others:
-        message = "has no field '{name}': add it, or rename one of {others}"
-    return say(message, name=name, others=", ".join(others))
+        return say("has no field '{name}': add it, or rename one of {others}", name=name, others=", ".join(others))
+    return say("has no field '{name}': add it", name=name)
 
 
 def _problem(name: str, text: Any, may_be_empty: bool = False) -> str:
     """What is wrong with one text, with its fix; empty for a good one."""
-    holes: dict[str, Any] = {}
     if text is TWICE:
-        message = "'{name}' stands in it twice: keep one"
-    elif not isinstance(text, str):
-        message = "'{name}' is {kind}, not text: put it in double quotes"
-        holes = {"kind": type(text).__name__}
-    elif stray := STRAY.search(text):
+        return say("'{name}' stands in it twice: keep one", name=name)
+    if not isinstance(text, str):
+        return say("'{name}' is {kind}, not text: put it in double quotes", name=name, kind=type(text).__name__)
+    if stray := STRAY.search(text):
         half = "\ud800" <= stray[0] <= "\udfff"
         what = say("half of a character") if half else say("which stands for no text")
-        message = "'{name}' holds U+{code:04X} ({what}) at place {place}: delete it"
         holes = {"code": ord(stray[0]), "what": what, "place": stray.start() + 1}
-    elif not may_be_empty and all(c.isspace() or unicodedata.category(c) == "Cf" for c in text):
-        message = "'{name}' is empty: write it, or delete the row"
-    elif len(text) > LONGEST_FIELD:
-        message = "'{name}' has {count:,} characters, {most:,} at most: shorten or split it"
-        holes = {"count": len(text), "most": LONGEST_FIELD}
-    else:
-        return ""
-    return say(message, name=name, **holes)
+        return say("'{name}' holds U+{code:04X} ({what}) at place {place}: delete it", name=name, **holes)
+    if not may_be_empty and all(c.isspace() or unicodedata.category(c) == "Cf" for c in text):
+        return say("'{name}' is empty: write it, or delete the row", name=name)
+    if len(text) > LONGEST_FIELD:
+        return say(
+            "'{name}' has {count:,} characters, {most:,} at most: shorten or split it",
+            name=name,
+            count=len(text),
+            most=LONGEST_FIELD,
+        )
+    return ""
 
 
 def _with_context(made: dict[str, Any], system: Any, turns: list[Turn], problems: list[str]) -> dict[str, Any]:
@@ -191,8 +197,7 @@ def _turn(turn: Any) -> tuple[list[tuple[str, Any]], str]:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         return [("user", turn[0]), ("assistant", turn[1])], ""
     if not isinstance(turn, dict):
-        message = "is {kind}, not an object: write {{'role': ..., 'content': ...}}"
-        return [], say(message, kind=type(turn).__name__)
+        return [], say("is {kind}, not an object: write {{'role': ..., 'content': ...}}", kind=type(turn).__name__)
     for question, answer in PAIRS:
         if question in turn and answer in turn:
             system = [("system", turn["system"])] if turn.get("system") else []
@@ -201,8 +206,7 @@ def _turn(turn: Any) -> tuple[list[tuple[str, Any]], str]:
     if "role" in turn or "from" in turn:
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role not in ROLES:
-            message = "has the role {role!r}: use 'system', 'user' or 'assistant'"
-            return [], say(message, role=str(role)[:30])
+            return [], say("has the role {role!r}: use 'system', 'user' or 'assistant'", role=str(role)[:30])
         if text is None:
             key, other = ("content", "value") if "role" in turn else ("value", "content")
             return [], say("has no '{key}' (nor '{other}'): write its text there", key=key, other=other)
@@ -219,13 +223,18 @@ def _order(turns: list[Turn], before: int = 0, closed: bool = False) -> list[str
         wanted = ("user", "assistant")[number % 2]
         if turn["role"] == wanted:
             continue
-        message = "turn {number} is the {role}'s as the one before: join them"
-        if not number:
-            message = "turn {number} is the {role}'s: a conversation begins with the user; delete it or add a question"
-        return [say(message, number=number + before + 1, role=turn["role"])]
+        place, role = number + before + 1, turn["role"]
+        if number:
+            return [say("turn {number} is the {role}'s as the one before: join them", number=place, role=role)]
+        return [
+            say(
+                "turn {number} is the {role}'s: a conversation begins with the user; delete it or add a question",
+                number=place,
+                role=role,
+            )
+        ]
     if len(turns) % 2:
-        message = "ends with the user's turn {number}: add the answer, or delete it"
-        return [say(message, number=len(turns) + before)]
+        return [say("ends with the user's turn {number}: add the answer, or delete it", number=len(turns) + before)]
     return []
 
 

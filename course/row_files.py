@@ -107,8 +107,12 @@ def _parquet(raw: bytes) -> list[Any]:
     try:
         return parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (ArrowException, OSError) as error:
-        message = "a parquet file that cannot be read ({why}): copy or download it again."
-        raise ValueError(say(message, why=str(error).splitlines()[0][:80])) from None
+        raise ValueError(
+            say(
+                "a parquet file that cannot be read ({why}): copy or download it again.",
+                why=str(error).splitlines()[0][:80],
+            )
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ encodings
@@ -132,8 +136,13 @@ def decoded(raw: bytes) -> tuple[str, list[str]]:
         try:
             return raw.decode(wide).removeprefix("\ufeff"), [say("is {encoding}, and was read so.", encoding=wide)]
         except UnicodeDecodeError as error:
-            message = "not {encoding}, as its first bytes say (byte {byte}). Save it again as UTF-8."
-            raise ValueError(say(message, encoding=wide, byte=error.start)) from None
+            raise ValueError(
+                say(
+                    "not {encoding}, as its first bytes say (byte {byte}). Save it again as UTF-8.",
+                    encoding=wide,
+                    byte=error.start,
+                )
+            ) from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -145,19 +154,24 @@ def decoded(raw: bytes) -> tuple[str, list[str]]:
     likely = sorted(((_sense(text), one) for one, text in fitting.items() if one in CHINESE), reverse=True)
     if likely and likely[0][0] >= 0.2 and all(sense < likely[0][0] / 3 for sense, _ in likely[1:]):
         encoding = likely[0][1]
-        message = "is no UTF-8; it was read as {encoding}, in which it makes sense."
-        return fitting[encoding], [say(message, encoding=encoding.upper())]
+        return fitting[encoding], [
+            say("is no UTF-8; it was read as {encoding}, in which it makes sense.", encoding=encoding.upper())
+        ]
     line = raw.count(b"\n", 0, wrong) + 1
     damaged = raw.decode("utf-8", "replace")
     if damaged.count("\ufffd") * 10 <= sum(ord(letter) > 127 for letter in damaged) or not fitting:
-        message = "not UTF-8 (line {line}, byte {byte}). Save it again as UTF-8."
-        raise ValueError(say(message, line=line, byte=wrong))
-    message = (
-        "not UTF-8 (line {line}, byte {byte}), and which encoding it is, is in doubt; {fitting} would fit. "
-        "Save it again as UTF-8, or: iconv -f {first} -t UTF-8"
-    )
+        raise ValueError(say("not UTF-8 (line {line}, byte {byte}). Save it again as UTF-8.", line=line, byte=wrong))
     named = [one.upper() for one in fitting]
-    raise ValueError(say(message, line=line, byte=wrong, fitting=", ".join(named), first=named[0]))
+    raise ValueError(
+        say(
+            "not UTF-8 (line {line}, byte {byte}), and which encoding it is, is in doubt; {fitting} would fit. "
+            "Save it again as UTF-8, or: iconv -f {first} -t UTF-8",
+            line=line,
+            byte=wrong,
+            fitting=", ".join(named),
+            first=named[0],
+        )
+    )
 
 
 def _strictly(raw: bytes, encoding: str) -> str:
@@ -202,8 +216,13 @@ def parse(text: str) -> Any:
                 rows.append(json.loads(line, object_pairs_hook=once))
             except (ValueError, RecursionError) as error:
                 why = re.sub(r": line 1 column (\d+).*", r", column \1", str(error))
-                message = "JSON Lines, but line {line} is not JSON ({why}). One row a line: correct that one."
-                raise ValueError(say(message, line=number, why=why)) from None
+                raise ValueError(
+                    say(
+                        "JSON Lines, but line {line} is not JSON ({why}). One row a line: correct that one.",
+                        line=number,
+                        why=why,
+                    )
+                ) from None
         return rows
     hints = {
         say("It holds zero bytes, which no text does: write it again."): "\0" in text,
@@ -258,10 +277,18 @@ def _listed(value: Any) -> tuple[list[Any], list[str]]:
     if len(lists) == 1:
         return value[lists[0]], [say("the rows are the list under {key!r}.", key=lists[0][:30])]
     if lists:
-        message = "holds several lists ({keys}). Save the one with your rows as a file of its own."
-        raise ValueError(say(message, keys=", ".join(repr(key[:30]) for key in lists[:5])))
-    message = "holds one object with {keys}, not a list of rows. Write [ {{...}}, {{...}} ]."
-    raise ValueError(say(message, keys=", ".join(repr(key[:30]) for key in list(value)[:5])))
+        raise ValueError(
+            say(
+                "holds several lists ({keys}). Save the one with your rows as a file of its own.",
+                keys=", ".join(repr(key[:30]) for key in lists[:5]),
+            )
+        )
+    raise ValueError(
+        say(
+            "holds one object with {keys}, not a list of rows. Write [ {{...}}, {{...}} ].",
+            keys=", ".join(repr(key[:30]) for key in list(value)[:5]),
+        )
+    )
 
 
 def _columns(table: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -277,8 +304,12 @@ def _columns(table: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None  # the turns of one conversation
     lengths = {key: len(one) for key, one in columns.items()}
     if len(set(lengths.values())) > 1:
-        message = "is a table whose columns have different lengths ({lengths}). Save it again, complete."
-        raise ValueError(say(message, lengths=", ".join(f"{key[:30]!r} {size}" for key, size in lengths.items())))
+        raise ValueError(
+            say(
+                "is a table whose columns have different lengths ({lengths}). Save it again, complete.",
+                lengths=", ".join(f"{key[:30]!r} {size}" for key, size in lengths.items()),
+            )
+        )
     return [dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)]
 
 
@@ -307,12 +338,22 @@ def _table(text: str, separator: str) -> list[dict[str, Any]]:
     try:
         for number, row in enumerate(reader, 1):
             if None in row:
-                message = "row {number} (line {line}) has more cells than the first line has names: quote its commas."
-                raise ValueError(say(message, number=number, line=reader.line_num))
+                raise ValueError(
+                    say(
+                        "row {number} (line {line}) has more cells than the first line has names: quote its commas.",
+                        number=number,
+                        line=reader.line_num,
+                    )
+                )
             rows.append({key.strip(): cell for key, cell in row.items()})
     except csv.Error as error:
-        message = "not a table: {why} (line {line}). Put texts with commas or line ends into double quotes."
-        raise ValueError(say(message, why=error, line=reader.line_num)) from None
+        raise ValueError(
+            say(
+                "not a table: {why} (line {line}). Put texts with commas or line ends into double quotes.",
+                why=error,
+                line=reader.line_num,
+            )
+        ) from None
     while rows and not any(rows[-1].values()):
         rows.pop()
     if not rows:

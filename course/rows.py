@@ -30,13 +30,15 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
     name = utils.shown(path)
     if not path.is_file():
         what = say("a folder, not a file") if path.is_dir() else say("no such file")
-        message = "{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json."
-        raise utils.CourseError(say(message, name=name, what=what))
+        raise utils.CourseError(
+            say("{name}: {what}. Check COURSE_DATA; the default is dataset/huanhuan.json.", name=name, what=what)
+        )
     try:
         read = read_rows(path.read_bytes(), path.name)
     except OSError as error:
-        message = "{name}: cannot be read ({reason}). Check its permissions."
-        raise utils.CourseError(say(message, name=name, reason=error.strerror)) from None
+        raise utils.CourseError(
+            say("{name}: cannot be read ({reason}). Check its permissions.", name=name, reason=error.strerror)
+        ) from None
     except ValueError as error:
         raise utils.CourseError(f"{name}: {error}") from None
     print(*(f"{name}: {line}\n" for line in read.said), sep="", end="")
@@ -47,13 +49,20 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
         rows.append(made)
         bad += [say("row {number} {problem}", number=number, problem=problem) for problem in problems]
     if bad:
-        message = say("{name}: {count} problems, nothing was trained.", name=name, count=len(bad))
+        first = say("{name}: {count} problems, nothing was trained.", name=name, count=len(bad))
         more = [say("... and {count} more", count=len(bad) - 10)] if len(bad) > 10 else []
-        raise utils.CourseError("\n  ".join([message, *bad[:10], *more]))
+        raise utils.CourseError("\n  ".join([first, *bad[:10], *more]))
     for (key, field_name), count in seen.items():
-        message = "{name}: {key!r} is read as {field!r} (in {count} of {rows} rows)."
+        holes = {"name": name, "key": key[:30], "count": count, "rows": len(rows)}
         if field_name == "unused":
-            message = "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are."
-        holes = {"field": field_name, "fields": ", ".join(FIELDS)}
-        print(say(message, name=name, key=key[:30], count=count, rows=len(rows), **holes))
+            fields = ", ".join(FIELDS)
+            print(
+                say(
+                    "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are.",
+                    fields=fields,
+                    **holes,
+                )
+            )
+        else:
+            print(say("{name}: {key!r} is read as {field!r} (in {count} of {rows} rows).", field=field_name, **holes))
     return rows

@@ -116,8 +116,14 @@ def log_folder(folder: Path) -> Path:
             return folder
     except OSError as error:
         other = Path(tempfile.mkdtemp(prefix="swanlab-"))
-        message = "{folder} cannot be written ({reason}); SwanLab records in {other}"
-        print(say(message, folder=utils.shown(folder), reason=error.strerror, other=other))
+        print(
+            say(
+                "{folder} cannot be written ({reason}); SwanLab records in {other}",
+                folder=utils.shown(folder),
+                reason=error.strerror,
+                other=other,
+            )
+        )
         return other
 
 
@@ -132,15 +138,17 @@ def recorded(folder: Path, name: str, experiment: str = "") -> dict[int, Any]:
     """
     database = folder / "runs.swanlab"
     if not database.is_file():
-        message = "{folder}: no local SwanLab run there. Record one with SWANLAB_MODE=local."
-        raise utils.CourseError(say(message, folder=utils.shown(folder)))
+        raise utils.CourseError(
+            say("{folder}: no local SwanLab run there. Record one with SWANLAB_MODE=local.", folder=utils.shown(folder))
+        )
     with closing(sqlite3.connect(database)) as connection:
         newest = "SELECT run_id, id FROM experiment WHERE ? IN ('', name) ORDER BY id DESC"
         run, number = connection.execute(newest, (experiment,)).fetchone() or ("", 0)
         where = "SELECT folder FROM tag WHERE experiment_id = ? AND name = ?"
         found = connection.execute(where, (number, name)).fetchone()
     if not found:
-        message = "{folder}: the newest run holds nothing under {name}."
-        raise utils.CourseError(say(message, folder=utils.shown(folder), name=name))
+        raise utils.CourseError(
+            say("{folder}: the newest run holds nothing under {name}.", folder=utils.shown(folder), name=name)
+        )
     lines = [line for path in (folder / run / "logs" / found[0]).glob("*.log") for line in path.open(encoding="utf-8")]
     return {entry["index"]: entry["data"] for entry in map(json.loads, lines)}

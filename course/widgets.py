@@ -42,11 +42,11 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> util
     parts = []
     for text, count, trained in boxes:
         sign, colour = ("●", "#bcdcff;border-bottom:4px solid #0b4f9c") if trained else ("○", "#fff")
-        many = f"<sub>{say('{count} tokens', count=count)}</sub>" if count > 1 else ""
+        many = say("{count} tokens", count=count)
+        many = f"<sub>{many}</sub>" if count > 1 else ""
         parts.append(f'<span style="{style}{colour}">{sign} {utils.in_html(text)}{many}</span>')
     count = sum(label != -100 for label in labels)
-    message = "● trained: {trained} tokens &nbsp; ○ read only: {read} tokens"
-    key = say(message, trained=count, read=len(ids) - count)
+    key = say("● trained: {trained} tokens &nbsp; ○ read only: {read} tokens", trained=count, read=len(ids) - count)
     lines = []
     for position, (text, many, trained) in enumerate(boxes):
         if position == 0 or trained != boxes[position - 1][2]:
@@ -59,10 +59,13 @@ def mask_view(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> util
 def _bar(done: int, count: int, what: str, begun: float) -> utils.Shown:
     """How far it is; the text is always the same, so that a stored output does not depend on the speed."""
     seconds = (time.monotonic() - begun) / max(done, 1) * (count - done)
-    message, what = "{what}: {done} of {count}", translated(what)
+    what = translated(what)
     if 0 < done < count:
-        message = "{what}: {done} of {count}, about {seconds:.0f} s left"
-    text = say(message, what=what, done=done, count=count, seconds=seconds)
+        text = say(
+            "{what}: {done} of {count}, about {seconds:.0f} s left", what=what, done=done, count=count, seconds=seconds
+        )
+    else:
+        text = say("{what}: {done} of {count}", what=what, done=done, count=count)
     bar = f'<progress value="{done}" max="{count}" aria-label="{what}"></progress> {text}'
     return utils.Shown(f"<div>{bar}</div>", f"{what}: {count}")
 
@@ -139,7 +142,7 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
                 turns[name].append({"role": "assistant", "content": said})
             except Exception as error:  # a widget's callback has no cell to show an error in
                 said, turns[name] = f"{type(error).__name__}: {error}", []
-            text = f"{say('Q: {question}', question=meant(asked))}\n{meant(said)}"
+            text = say("Q: {question}", question=meant(asked)) + "\n" + meant(said)
             rows = 1 + sum(
                 1 + utils.columns(line) // 50 for line in text.splitlines()
             )  # Chinese lines are the taller ones

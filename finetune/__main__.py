@@ -61,7 +61,8 @@ class Parser(argparse.ArgumentParser):
             same = flag.replace("_", "-")
             near = OTHER_NAMES.get(same) or next(iter(difflib.get_close_matches(same, flags)), "")
             meant += [say("For {flag} use {near}.", flag=flag, near=near)] if near else []
-        self.exit(2, f"{self.prog}: {message}. {' '.join(meant) or say('--help lists all flags.')}\n")
+        advice = " ".join(meant) or say("--help lists all flags.")
+        self.exit(2, f"{self.prog}: {message}. {advice}\n")
 
 
 def parser() -> Parser:
@@ -129,8 +130,13 @@ def run(chosen: argparse.Namespace) -> None:
         course = utils.settings()
         adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
         count = checkpoint.merge(model_folder(course), adapter, Path(chosen.folder))
-        message = "{count:,} tensors changed; the checkpoint is in {folder}"
-        print(say(message, count=count, folder=utils.shown(chosen.folder)))
+        print(
+            say(
+                "{count:,} tensors changed; the checkpoint is in {folder}",
+                count=count,
+                folder=utils.shown(chosen.folder),
+            )
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

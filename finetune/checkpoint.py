@@ -40,8 +40,7 @@ def shard_header(path: Path) -> dict[str, Any]:
             header = {}
     header.pop("__metadata__", None)
     if not header or 8 + length + max(entry["data_offsets"][1] for entry in header.values()) != path.stat().st_size:
-        message = "{path} is cut short or damaged. Delete it and run 02_download again."
-        raise CourseError(say(message, path=shown(path)))
+        raise CourseError(say("{path} is cut short or damaged. Delete it and run 02_download again.", path=shown(path)))
     return header
 
 
@@ -56,23 +55,32 @@ def check_shards(folder: Path) -> dict[str, Any]:
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
-        message = (
-            "{folder}: {count} of {all} shards are missing ({missing}). "
-            "Run notebook 02_download again: it fetches only what is missing."
-        )
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise CourseError(say(message, folder=shown(folder), count=len(missing), all=len(names), missing=some))
+        raise CourseError(
+            say(
+                "{folder}: {count} of {all} shards are missing ({missing}). "
+                "Run notebook 02_download again: it fetches only what is missing.",
+                folder=shown(folder),
+                count=len(missing),
+                all=len(names),
+                missing=some,
+            )
+        )
     headers = {tensor: entry for name in names for tensor, entry in shard_header(folder / name).items()}
     config = AutoConfig.from_pretrained(folder)
     unused = mtp_layer_prefix(config)
     lost = [name for name, _, _ in tensors(config) if name not in headers and not name.startswith(unused)]
     if lost:
-        message = (
-            "{folder}: {count} tensors are in no shard ({lost}). "
-            "This is no whole checkpoint of such a model; nothing was loaded."
-        )
         some = lost[0] + (", ..." if len(lost) > 1 else "")
-        raise CourseError(say(message, folder=shown(folder), count=len(lost), lost=some))
+        raise CourseError(
+            say(
+                "{folder}: {count} tensors are in no shard ({lost}). "
+                "This is no whole checkpoint of such a model; nothing was loaded.",
+                folder=shown(folder),
+                count=len(lost),
+                lost=some,
+            )
+        )
     return headers
 
 
@@ -135,8 +143,14 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
     headers = check_shards(folder)
     change, changed = updates(adapter, config), 0
     if missed := sorted(set(change) - set(headers)):
-        message = "{count} tensors of the adapter are not in {folder}: {first}, ..."
-        raise CourseError(say(message, count=len(missed), folder=shown(folder), first=missed[0]))
+        raise CourseError(
+            say(
+                "{count} tensors of the adapter are not in {folder}: {first}, ...",
+                count=len(missed),
+                folder=shown(folder),
+                first=missed[0],
+            )
+        )
     _require_room(out, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("*.safetensors"))
@@ -162,14 +176,20 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
 def _require_room(out: Path, total: int) -> None:
     """Raise a CourseError if the folder holds something already, or its disk has less than `total` bytes free."""
     if out.is_dir() and any(out.iterdir()):
-        message = "{folder} is not empty. Name a new folder, or empty this one. Nothing was written."
-        raise CourseError(say(message, folder=shown(out)))
+        raise CourseError(
+            say("{folder} is not empty. Name a new folder, or empty this one. Nothing was written.", folder=shown(out))
+        )
     parent = next(path for path in (out, *out.parents) if path.is_dir())
     if (free := shutil.disk_usage(parent).free) < 1.01 * total:
-        message = (
-            "The merged checkpoint takes {total:.1f} GiB, {free:.1f} GiB are free at {folder}. Nothing was written."
+        raise CourseError(
+            say(
+                "The merged checkpoint takes {total:.1f} GiB, {free:.1f} GiB are free at {folder}. "
+                "Nothing was written.",
+                total=total / 2**30,
+                free=free / 2**30,
+                folder=shown(parent),
+            )
         )
-        raise CourseError(say(message, total=total / 2**30, free=free / 2**30, folder=shown(parent)))
 
 
 # -------------------------------------------------------------------------------------- a checkpoint of holes

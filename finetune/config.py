@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import Glm4MoeConfig
 
+from course.language import marked
+
 #: GLM-4.5-Air as published (its config.json); `tests/test_planner.py` counts its 106.9 billion parameters.
 AIR = Glm4MoeConfig(
     vocab_size=151552, hidden_size=4096, num_hidden_layers=46, max_position_embeddings=131072,
@@ -21,10 +23,10 @@ AIR = Glm4MoeConfig(
 
 #: The groups of weights that LoRA can adapt, and the part of a parameter's name by which each is known.
 GROUPS = {
-    "attention": "self_attn",
-    "dense": "layers.0.mlp",
-    "shared experts": "shared_experts",
-    "routed experts": "mlp.experts",
+    marked("attention"): "self_attn",
+    marked("dense"): "layers.0.mlp",
+    marked("shared experts"): "shared_experts",
+    marked("routed experts"): "mlp.experts",
 }
 ALL_GROUPS = tuple(GROUPS)
 #: The two fused tensors in which transformers keeps all routed experts of a layer: (experts, out, in).

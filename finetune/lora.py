@@ -56,8 +56,9 @@ class GroupedLora(ParamWrapper):
         if self.disable_adapters or self.merged:
             return None
         if len(self.active_adapters) != 1:
-            message = "{count} adapters are active at once; here it is one."
-            raise CourseError(say(message, count=len(self.active_adapters)))
+            raise CourseError(
+                say("{count} adapters are active at once; here it is one.", count=len(self.active_adapters))
+            )
         name = self.active_adapters[0]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         a = a.reshape(self.num_experts, -1, a.shape[-1])
@@ -91,8 +92,13 @@ def lora_config(rank: int = 8, groups: tuple[str, ...] = ALL_GROUPS) -> LoraConf
         CourseError: a group that is none of `config.GROUPS`.
     """
     if unknown := sorted(set(groups) - set(GROUPS)):
-        message = "LoRA on {unknown}: no such group. There are: {groups}."
-        raise CourseError(say(message, unknown=", ".join(unknown), groups=", ".join(GROUPS)))
+        raise CourseError(
+            say(
+                "LoRA on {unknown}: no such group. There are: {groups}.",
+                unknown=", ".join(unknown),
+                groups=", ".join(GROUPS),
+            )
+        )
     dense = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     tensors = []
     if "routed experts" in groups:
@@ -127,15 +133,21 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> PeftModel:
         CourseError: a name that matches nothing, or dropout, which peft refuses on fused experts.
     """
     if config.lora_dropout and config.target_parameters:
-        message = (
-            "lora_dropout={dropout}: peft refuses dropout on fused tensors. Set it to 0, or adapt attention alone."
+        raise CourseError(
+            say(
+                "lora_dropout={dropout}: peft refuses dropout on fused tensors. Set it to 0, or adapt attention alone.",
+                dropout=config.lora_dropout,
+            )
         )
-        raise CourseError(say(message, dropout=config.lora_dropout))
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     for target in [*(config.target_modules or ()), *(config.target_parameters or ())]:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            message = "LoRA target {target}: nothing in the model has this name, so nothing would be trained."
-            raise CourseError(say(message, target=target))
+            raise CourseError(
+                say(
+                    "LoRA target {target}: nothing in the model has this name, so nothing would be trained.",
+                    target=target,
+                )
+            )
     return get_peft_model(model, _with_grouped(config, model))
 
 
@@ -159,8 +171,9 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     """
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_file.is_file() or not weights.is_file():
-        message = "{folder}: no adapter_config.json and adapter_model.safetensors there."
-        raise CourseError(say(message, folder=shown(folder)))
+        raise CourseError(
+            say("{folder}: no adapter_config.json and adapter_model.safetensors there.", folder=shown(folder))
+        )
     adapter_fits(folder, model.config)
     config = _with_grouped(PeftConfig.from_pretrained(str(folder)), model)
     config.inference_mode = True
@@ -187,7 +200,19 @@ def adapter_fits(folder: Path, config: Any) -> None:
     if found != wanted:
         sizes = []
         for hidden, layers, experts in (found, wanted):
-            message = "hidden size {hidden}, {layers} layers, {experts} routed experts"
-            sizes.append(say(message, hidden=hidden, layers=layers, experts=experts))
-        message = "{folder} was trained on another model ({found}); this one has {wanted}. Nothing was loaded."
-        raise CourseError(say(message, folder=shown(folder), found=sizes[0], wanted=sizes[1]))
+            sizes.append(
+                say(
+                    "hidden size {hidden}, {layers} layers, {experts} routed experts",
+                    hidden=hidden,
+                    layers=layers,
+                    experts=experts,
+                )
+            )
+        raise CourseError(
+            say(
+                "{folder} was trained on another model ({found}); this one has {wanted}. Nothing was loaded.",
+                folder=shown(folder),
+                found=sizes[0],
+                wanted=sizes[1],
+            )
+        )

@@ -45,11 +45,16 @@ def launched() -> Launched:
     missing = [name for name in numbers if not found[name].isdecimal()] + [n for n in address if not found[n]]
     if missing:
         left = [name for name in numbers if found[name]]
-        message = (
-            "{name}={value} is set, but no launcher has set {missing} with it. Unset {left}, or start with torchrun."
-        )
         words = {"missing": ", ".join(missing), "left": ", ".join(left)}
-        raise CourseError(say(message, name=left[0], value=found[left[0]], **words))
+        raise CourseError(
+            say(
+                "{name}={value} is set, but no launcher has set {missing} with it. Unset {left}, "
+                "or start with torchrun.",
+                name=left[0],
+                value=found[left[0]],
+                **words,
+            )
+        )
     processes, rank, own = (int(found[name]) for name in numbers)
     # `accelerate launch` on one host leaves out how many there are on it.
     return Launched(processes, rank, int(os.environ.get("LOCAL_WORLD_SIZE") or processes), own)
@@ -69,8 +74,13 @@ def require_expert_share(config: Any, processes: int) -> int:
     size = expert_parallel_size(config, processes)
     replicas, experts = processes // size, config.n_routed_experts // size  # FSDP splits a share over its replicas
     if -(-experts // replicas) * (replicas - 1) >= experts:
-        message = "{processes} processes cannot share {experts} experts out. Use a number that divides {experts}."
-        raise CourseError(say(message, processes=processes, experts=config.n_routed_experts))
+        raise CourseError(
+            say(
+                "{processes} processes cannot share {experts} experts out. Use a number that divides {experts}.",
+                processes=processes,
+                experts=config.n_routed_experts,
+            )
+        )
     return size
 
 

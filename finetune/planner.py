@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from course.language import say
+from course.language import marked, say, translated
 from finetune.config import AIR, ALL_GROUPS, active_parameters, lora_parameters, parameters
 from finetune.machine import CARDS, GIB, Machine, this_machine
 from finetune.parallel import expert_parallel_size
@@ -211,7 +211,7 @@ class Plan:
         where = say("each GPU") if self.machine.gpus else say("this machine")
         if not self.machine.gpus and self.on_this_host > 1:
             where = say("each process")
-        terms = " + ".join(f"{say(name)} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
+        terms = " + ".join(f"{translated(name)} {value:.1f}" for name, value in self.gpu.items() if value >= 0.05)
         first = say(
             "Plan for {machine}: {kind} weights, {processes} process(es), batch size {batch}, "
             "gradient accumulation {passes}, {how} gradient checkpointing",
@@ -265,16 +265,30 @@ class Plan:
         if self.fits:
             return
         if self.machine.gpus and self.on_this_host > self.machine.gpus:
-            message = "{processes} processes were started for {gpus} GPUs. Start one a GPU."
-            raise CourseError(say(message, processes=self.on_this_host, gpus=self.machine.gpus))
-        if self.disk_too_small:
-            message = (
-                "Three checkpoints take {needed:.2f} GiB, {free:.2f} GiB are free. "
-                "Free some, or set COURSE_OUTPUT to another disk."
+            raise CourseError(
+                say(
+                    "{processes} processes were started for {gpus} GPUs. Start one a GPU.",
+                    processes=self.on_this_host,
+                    gpus=self.machine.gpus,
+                )
             )
-            raise CourseError(say(message, needed=3 * self.checkpoint_gib, free=self.machine.disk_gib))
-        message = "This needs {peak:.1f} GiB on each device, {room:.1f} GiB are free. {advice} Nothing was loaded."
-        raise CourseError(say(message, peak=self.peak, room=self.room, advice=self.advice))
+        if self.disk_too_small:
+            raise CourseError(
+                say(
+                    "Three checkpoints take {needed:.2f} GiB, {free:.2f} GiB are free. "
+                    "Free some, or set COURSE_OUTPUT to another disk.",
+                    needed=3 * self.checkpoint_gib,
+                    free=self.machine.disk_gib,
+                )
+            )
+        raise CourseError(
+            say(
+                "This needs {peak:.1f} GiB on each device, {room:.1f} GiB are free. {advice} Nothing was loaded.",
+                peak=self.peak,
+                room=self.room,
+                advice=self.advice,
+            )
+        )
 
 
 # ---------------------------------------------------------------------------------------------- memory and time
@@ -330,11 +344,11 @@ def memory(config: Any, recipe: Recipe, load: Load, gpus: int, processes: int) -
     # Checkpoints are used up while gradients come into being, so the larger of the two counts.
     working = max(a_token * tokens + exchanged + whole_layer, a_label * load.labels)
     return {
-        "weights": weights / GIB,
-        "gathered layers": gathered / GIB,
-        "adapter and optimizer": (12 * trained + gradients + reduced) / GIB,
-        "activations": max(max(kept - gradients, 0) + working, evaluation) / GIB,
-        "rest": 1.5 if gpus else 0.8,
+        marked("weights"): weights / GIB,
+        marked("gathered layers"): gathered / GIB,
+        marked("adapter and optimizer"): (12 * trained + gradients + reduced) / GIB,
+        marked("activations"): max(max(kept - gradients, 0) + working, evaluation) / GIB,
+        marked("rest"): 1.5 if gpus else 0.8,
     }
 
 
@@ -423,8 +437,10 @@ def nearest(made: Plan, config: Any, rows: Rows) -> str:
     """What would fit: on this machine if anything does, else how many GPUs of 80 GB."""
     machine, recipe = made.machine, made.recipe
     if made.peak <= FULL * made.room and made.disk_too_small:
-        message = "The disk is too small: free {gib:.2f} GiB more, or use another."
-        return say(message, gib=3 * made.checkpoint_gib - machine.disk_gib)
+        return say(
+            "The disk is too small: free {gib:.2f} GiB more, or use another.",
+            gib=3 * made.checkpoint_gib - machine.disk_gib,
+        )
     if machine.gpus:
         as_started = (recipe.load_in_4bit, made.processes, made.on_this_host)
         for four, processes, here in (as_started, (False, machine.gpus, machine.gpus), (True, 1, 1)):
@@ -434,8 +450,11 @@ def nearest(made: Plan, config: Any, rows: Rows) -> str:
                 other = replace(recipe, load_in_4bit=four, gradient_accumulation_steps=passes)
                 found = plan(config, other, rows, machine, processes, here, advise=False)
                 if found.fits:
-                    message = "This would fit in {gib:.0f} GiB: {command}."
-                    return say(message, gib=found.peak, command=command(other, processes, here))
+                    return say(
+                        "This would fit in {gib:.0f} GiB: {command}.",
+                        gib=found.peak,
+                        command=command(other, processes, here),
+                    )
     disk = max(machine.disk_gib, 3 * made.checkpoint_gib)
     for four, gpus in ((True, 1), (False, 4), (False, 8), (False, 16)):
         rented = Machine(gpus, CARDS["H100"].gib, "H100", machine.host_gib, disk)
@@ -443,8 +462,12 @@ def nearest(made: Plan, config: Any, rows: Rows) -> str:
         found = plan(config, other, rows, rented, 1 if four else gpus, advise=False)
         if found.fits:
             weights = say("4-bit") if four else "bf16"
-            message = "{gpus} GPU(s) of 80 GB with {weights} weights would do ({gib:.0f} GiB each)."
-            return say(message, gpus=gpus, weights=weights, gib=found.peak)
+            return say(
+                "{gpus} GPU(s) of 80 GB with {weights} weights would do ({gib:.0f} GiB each).",
+                gpus=gpus,
+                weights=weights,
+                gib=found.peak,
+            )
     return say("Nothing up to 16 GPUs of 80 GB would do: lower the rank.")
 
 

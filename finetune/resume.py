@@ -43,11 +43,13 @@ def claim(run_folder: Path) -> None:
     try:
         lock = utils.locked(run_folder.parent / f".{run_folder.name}.lock", seconds=0)
     except Timeout:
-        message = (
-            "Another kernel trains into {folder}. Shut that kernel down (Running Terminals and Kernels), "
-            "or set COURSE_OUTPUT to a folder of your own."
-        )
-        raise utils.CourseError(say(message, folder=utils.shown(run_folder))) from None
+        raise utils.CourseError(
+            say(
+                "Another kernel trains into {folder}. Shut that kernel down (Running Terminals and Kernels), "
+                "or set COURSE_OUTPUT to a folder of your own.",
+                folder=utils.shown(run_folder),
+            )
+        ) from None
     _claimed[run_folder] = lock
 
 
@@ -184,10 +186,19 @@ def stoppable(trainer: Any, together: bool = True) -> Iterator[None]:
         state, kept = trainer.state, kept_checkpoint(Path(trainer.args.output_dir), in_order)
         how_on = say("There is no checkpoint yet: begin anew.")
         if kept:
-            message = "{checkpoint} holds the adapter and all that is needed to go on: run this again."
-            how_on = say(message, checkpoint=utils.shown(kept))
-        message = "{why} at step {step} of {steps}. {how_on}"
-        raise utils.CourseError(say(message, why=why, step=state.global_step, steps=state.max_steps, how_on=how_on))
+            how_on = say(
+                "{checkpoint} holds the adapter and all that is needed to go on: run this again.",
+                checkpoint=utils.shown(kept),
+            )
+        raise utils.CourseError(
+            say(
+                "{why} at step {step} of {steps}. {how_on}",
+                why=why,
+                step=state.global_step,
+                steps=state.max_steps,
+                how_on=how_on,
+            )
+        )
 
 
 def start_or_resume(run_folder: Path, course: utils.Settings, made_with: dict[str, Any]) -> str | None:

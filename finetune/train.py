@@ -189,12 +189,16 @@ def require_even_shares(recipe: planner.Recipe, processes: int) -> None:
     """Raise a CourseError unless the samples of a step can be divided over processes and accumulation steps."""
     share = processes * recipe.gradient_accumulation_steps
     if recipe.batch_size % share:
-        message = (
-            "--batch-size {batch} cannot be divided over {processes} process(es) and {passes} accumulation step(s). "
-            "Use a multiple of {share}."
-        )
         how = {"processes": processes, "passes": recipe.gradient_accumulation_steps, "share": share}
-        raise utils.CourseError(say(message, batch=recipe.batch_size, **how))
+        raise utils.CourseError(
+            say(
+                "--batch-size {batch} cannot be divided over {processes} process(es) "
+                "and {passes} accumulation step(s). "
+                "Use a multiple of {share}.",
+                batch=recipe.batch_size,
+                **how,
+            )
+        )
 
 
 def train(options: Options) -> Trainer:
@@ -252,8 +256,13 @@ def train(options: Options) -> Trainer:
     trainer.evaluate()
     if started.rank == 0:
         save(trainer, course, prompt)
-        message = "{seconds:.0f} s of training; adapter in {folder}"
-        print(say(message, seconds=seconds, folder=utils.shown(run_folder / "adapter")))
+        print(
+            say(
+                "{seconds:.0f} s of training; adapter in {folder}",
+                seconds=seconds,
+                folder=utils.shown(run_folder / "adapter"),
+            )
+        )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # no process leaves while the first one still writes
     return trainer

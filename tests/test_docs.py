@@ -93,7 +93,7 @@ def test_a_message_without_an_entry_and_an_entry_without_a_message_are_named():
         ('why = "no disk" if x else "no net"\nraise CourseError(f"{why}. Stop.")', {"no disk. Stop.", "no net. Stop."}),
         ('more = ", and more" if x else ""\nraise CourseError("too many" + more)', {"too many‹›"}),
         ('def f(x):\n    raise ValueError(f"{x} is {y}")', {"‹› is ‹›"}),
-        ('m = "{a} is {b} {{!}}."\nraise CourseError(say(m, a=x, b=say("too small")))', {"‹› is too small {!}."}),
+        ('raise CourseError(say("{a} is {b} {{!}}.", a=x, b=say("too small")))', {"‹› is too small {!}."}),
         ('if x:\n    m = "left"\n    raise E(m + " early")\nm = "went on"\nraise E(m)', {"left early", "went on"}),
         ('m = "one thing"\nif x:\n    m = "another thing"\nraise E(m)', {"one thing", "another thing"}),
         ('m = "old text"\nm = "new text"\nraise E(m)', {"new text"}),

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import io
 import json
 import os
 import re
@@ -13,18 +14,18 @@ import languages
 import nbformat
 import pytest
 import run_nbval
+import translations
 from conftest import ROOT
 
 import utils
-from course import language
+from course import language, plots
 
-WORDS = json.loads((languages.ZH / "words.json").read_text(encoding="utf-8"))
+#: The Chinese of what the code says, by the English; and all English texts that Babel finds in the code.
+CATALOGUE = translations.read()
+FOUND = translations.template()
+WORDS = {message.id: message.string for message in CATALOGUE if message.id}
 GLOSSES = json.loads((languages.EN / "glosses.json").read_text(encoding="utf-8"))
 SOURCES = [ROOT / name for name in (*languages.HELPERS, "tools/headers.py")]
-#: Texts that reach `say` as the value of a variable: names of curves, terms of a plan, sets of questions, bars.
-BY_NAME = {"training", "held-out", "new wordings", "new answers", "weights", "gathered layers", "adapter and optimizer"}
-BY_NAME |= {"activations", "rest", "steps", "attention", "dense", "shared experts", "routed experts", "this model"}
-BY_NAME |= {"by row", "by group", "prose, base", "her answers, base", "prose, adapter", "her answers, adapter"}
 #: English in both languages: notebook 08 and the bar of `widgets.watched` read these lines.
 READ_BY_CODE = {"resuming from", "nothing: a new run", "step ", "finetune: "}
 SAYS = {"say", "say_in", "glossed"}
@@ -35,18 +36,13 @@ def called(node):
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
-def templates(source):
-    """Every English text of a module that goes to `say`, at once or by a variable called `message`."""
+def unfound(source):
+    """Calls whose text Babel does not find: it is no literal, or stands in an f-string or in a call within a call."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and called(node) in SAYS:
-            yield from (arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant))
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
-                names = target.elts if isinstance(target, ast.Tuple) else [target]
-                values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-                for name, value in zip(names, values, strict=False):
-                    if getattr(name, "id", "") == "message" and isinstance(value, ast.Constant):
-                        yield value.value
+        if isinstance(node, ast.Call) and called(node) in translations.KEYWORDS.keys() - {"translated"}:
+            text = node.args[translations.KEYWORDS[called(node)][0] - 1]
+            if not (isinstance(text, ast.Constant) and text.value in FOUND):
+                yield ast.unparse(node)
 
 
 def unsaid(source):
@@ -73,20 +69,6 @@ def cells(folder=languages.EN):
             yield path.stem, cell
 
 
-def spoken_in_cells():
-    """The advice of every check and the words of every bar; both must be plain texts."""
-    for name, cell in cells():
-        for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
-            if isinstance(node, ast.Call) and called(node) == "check":
-                found = [test.elts[1] for test in node.args[1:]]
-            elif isinstance(node, ast.Call) and called(node) == "progress":
-                found = node.args[1:]
-            else:
-                continue
-            assert all(isinstance(one, ast.Constant) for one in found), f"{name}, cell {cell.id}: not a plain text"
-            yield from (one.value for one in found)
-
-
 def holes(template):
     return sorted(str(part[1:]) for part in string.Formatter().parse(template) if part[1] is not None)
 
@@ -94,16 +76,73 @@ def holes(template):
 # ------------------------------------------------------------------------------------------- what helpers say
 
 
-def test_every_text_of_a_helper_has_its_chinese_and_no_chinese_is_left_over():
-    used = {text for path in SOURCES for text in templates(path.read_text(encoding="utf-8"))} | BY_NAME
-    advice = set(spoken_in_cells())
-    assert used | advice == set(WORDS)
+def test_every_text_of_the_code_has_its_chinese_and_no_chinese_is_left_over():
+    texts = {message.id for message in FOUND if message.id}
+    assert texts - set(WORDS) == set(), "run `make translations`, and translate what is new"
+    assert set(WORDS) - texts == set() and not CATALOGUE.obsolete, (
+        "nothing says these: run `make translations`, then delete"
+    )
+    assert [message.id for message in CATALOGUE if message.fuzzy] == [], "English that changed: look at its Chinese"
     for english, chinese in WORDS.items():
         signs_alone = not re.search("[a-z]", re.sub(r"\{\w+\}", "", english))
         assert language.CHINESE.search(chinese) or signs_alone, english
         assert "！" not in chinese
-        if english not in advice:
-            assert holes(english) == holes(chinese), english
+
+
+def test_the_holes_of_a_text_are_in_its_chinese():
+    for message in CATALOGUE:
+        if any(not place.endswith(".ipynb") for place, _ in message.locations):
+            assert holes(message.id) == holes(message.string), message.id
+
+
+def test_the_compiled_catalogue_is_that_of_the_texts():
+    compiled = translations.PO.with_suffix(".mo").read_bytes()
+    assert compiled == translations.compiled(CATALOGUE), "run `make translations`"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_babel_finds_the_text_of_every_call(path):
+    assert list(unfound(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "call", ["say(message)", 'say("new")', 'say("a " + kind)', "marked(name)", "say_in('zh', text)"]
+)
+def test_a_text_that_babel_does_not_find_is_named(call):
+    assert list(unfound(f"print({call})")) == [ast.unparse(ast.parse(call))]
+
+
+def test_update_marks_a_changed_text_and_a_lost_one(monkeypatch, tmp_path, capsys):
+    before = translations.PO.read_text(encoding="utf-8")
+    changed = before.replace('msgid "✓ right"', 'msgid "✓ right."') + '\nmsgid "What was said once"\nmsgstr "从前"\n'
+    monkeypatch.setattr(translations, "PO", tmp_path / "course.po")
+    translations.PO.write_text(changed, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["translations.py", "update", "compile"])
+    assert translations.main() == 0
+    assert f"{len(WORDS)} texts; without Chinese: 0, fuzzy: 1, obsolete: 1" in capsys.readouterr().out
+    updated = translations.read()
+    assert updated["✓ right"].fuzzy and updated["✓ right"].string == "✓ 正确"
+    assert list(updated.obsolete) == ["What was said once"]
+    assert b"What was said once" not in translations.PO.with_suffix(".mo").read_bytes()
+
+
+def test_the_texts_of_exercises_and_bars_are_found_and_must_be_plain():
+    cells = 'utils.check(a, (lambda a: a, "too few"))', 'for x in widgets.progress(rows, "rows"):\n    pass'
+    for found in (cells, ("utils.check(a, (lambda a: a, advice))",), ("widgets.progress(rows, f'{n} rows')",)):
+        file = io.BytesIO(
+            json.dumps({"cells": [{"cell_type": "code", "id": "x", "source": [c]} for c in found]}).encode()
+        )
+        file.name = "a.ipynb"
+        if found == cells:
+            assert [text for _, _, text, _ in translations.cell_texts(file)] == ["too few", "rows"]
+        else:
+            with pytest.raises(ValueError, match=r"a\.ipynb, cell x: .* is no plain text"):
+                list(translations.cell_texts(file))
+
+
+def test_every_name_of_a_panel_stands_in_a_notebook():
+    code = "\n".join(cell.source for _, cell in cells() if cell.cell_type == "code")
+    assert [name for name in plots.NAMES if f'"{name}"' not in code] == []
 
 
 def test_a_message_about_a_file_begins_as_in_english():

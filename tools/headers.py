@@ -81,11 +81,17 @@ def table(data: dict[str, Any], language: str = "en") -> str:
     needs = f"[{data['needs']}]({data['needs']}.ipynb)" if data["needs"] else say("nothing")
     versions = say(", ").join(f"{name} {pin}" for name, pin in sorted(data["packages"].items()))
     versions = versions or say("the standard library")
-    message = "{minutes} minutes on two CPU cores; {gpu}"
-    rows = [(say("time, bundled model"), say(message, minutes=data["minutes_cpu"], gpu=gpu))]
-    message = "{memory:,} MiB at most; writes {disk:,} MiB"
+    rows = [
+        (
+            say("time, bundled model"),
+            say("{minutes} minutes on two CPU cores; {gpu}", minutes=data["minutes_cpu"], gpu=gpu),
+        )
+    ]
     rows += [
-        (say("memory, disk"), say(message, memory=data["memory_mib"], disk=data["disk_mib"])),
+        (
+            say("memory, disk"),
+            say("{memory:,} MiB at most; writes {disk:,} MiB", memory=data["memory_mib"], disk=data["disk_mib"]),
+        ),
         (say("needs from earlier"), needs),
         (say("last verified"), say("{date} with {versions}", date=data["verified"], versions=versions)),
     ]

@@ -44,8 +44,7 @@ def cell_seconds(asked: int | None, bundled: bool) -> int:
     """
     given = os.environ.get("COURSE_CELL_SECONDS") or ""
     if asked is None and given and not (given.isdecimal() and int(given)):
-        message = "COURSE_CELL_SECONDS={value}: a whole number of seconds is needed."
-        raise utils.CourseError(say(message, value=given))
+        raise utils.CourseError(say("COURSE_CELL_SECONDS={value}: a whole number of seconds is needed.", value=given))
     return asked or int(given or 0) or (BUNDLED_SECONDS if bundled else OWN_SECONDS)
 
 
@@ -99,8 +98,13 @@ class Waiting:
         self.timer.start()
 
     def _line(self, waited: float) -> str:
-        message = "{notebook}: cell {cell} has been running for {seconds:.0f} s; it may take {limit} s."
-        return say(message, notebook=self.name, cell=self.cell, seconds=waited, limit=self.limit)
+        return say(
+            "{notebook}: cell {cell} has been running for {seconds:.0f} s; it may take {limit} s.",
+            notebook=self.name,
+            cell=self.cell,
+            seconds=waited,
+            limit=self.limit,
+        )
 
     def _say(self, waited: float) -> None:
         self.tell(self._line(waited))
@@ -149,10 +153,14 @@ def execute(
     try:
         client.execute()
     except CellTimeoutError:
-        message = (
-            "{notebook}: cell {cell} did not end within {seconds} s and was stopped. "
-            "If it only needs longer, set COURSE_CELL_SECONDS."
-        )
-        raise utils.CourseError(say(message, notebook=path.stem, cell=waiting.cell, seconds=limit)) from None
+        raise utils.CourseError(
+            say(
+                "{notebook}: cell {cell} did not end within {seconds} s and was stopped. "
+                "If it only needs longer, set COURSE_CELL_SECONDS.",
+                notebook=path.stem,
+                cell=waiting.cell,
+                seconds=limit,
+            )
+        ) from None
     finally:
         waiting.end()

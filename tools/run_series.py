@@ -28,7 +28,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
-from course.language import current, glossed, say  # noqa: E402
+from course.language import current, glossed, say, translated  # noqa: E402
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
@@ -78,7 +78,7 @@ def summary(course: utils.Settings, seconds: float) -> None:
         print(say("    base     {answer}", answer=glossed(base)))
         print(say("    adapter  {answer}", answer=glossed(adapter)))
     for name, (base, adapter) in figures["heldout"].items():
-        on = say("On {name}", name=say(name))
+        on = say("On {name}", name=translated(name))
         lines = [(say("loss, nats a token"), *(f"{one[0]:.2f}" for one in (base, adapter)))]
         lines += [
             (what, *(f"{one[place]:.0%}" for one in (base, adapter)))
@@ -86,13 +86,18 @@ def summary(course: utils.Settings, seconds: float) -> None:
         ]
         print()
         utils.table(lines, (on, say("base"), say("adapter")))
-    message = (
-        "{minutes:.1f} minutes in all, {training:.1f} of them training; the training kernel held at most {gib:.2f} GiB."
-    )
     training, gib = figures["training_seconds"] / 60, figures["training_kernel_gib"]
-    print("\n" + say(message, minutes=seconds / 60, training=training, gib=gib))
-    message = "Executed notebooks, adapter and SwanLab run are in {folder}/."
-    print(say(message, folder=utils.shown(course.output)))
+    print(
+        "\n"
+        + say(
+            "{minutes:.1f} minutes in all, {training:.1f} of them training; "
+            "the training kernel held at most {gib:.2f} GiB.",
+            minutes=seconds / 60,
+            training=training,
+            gib=gib,
+        )
+    )
+    print(say("Executed notebooks, adapter and SwanLab run are in {folder}/.", folder=utils.shown(course.output)))
     print(say("See the run in the SwanLab dashboard:  make dashboard"))
 
 

@@ -21,28 +21,9 @@ MODULES = ("utils.py", "tools/headless.py")
 MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob("*.py")))
 MODULES += tuple(f"finetune/{path.name}" for path in sorted((ROOT / "finetune").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
-SPEAKING = {
-    "_download_advice",
-    "_name_error",
-    "parse",
-    "cloud_trouble",
-    "nearest",
-    "other_kind",
-    "_parquet",
-    "read_rows",
-}
-SPEAKING |= {
-    "decoded",
-    "_listed",
-    "_columns",
-    "_table",
-    "one_form",
-    "_three_fields",
-    "_missing",
-    "_problem",
-    "_with_context",
-}
-SPEAKING |= {"_conversation", "_turns", "_turn", "_order", "_line"}
+SPEAKING = {"_name_error", "_download_advice", "cloud_trouble", "nearest", "parse", "other_kind", "read_rows"}
+SPEAKING |= {"decoded", "_listed", "one_form", "_three_fields", "_missing", "_problem", "_conversation", "_turns"}
+SPEAKING |= {"_turn", "_order", "_line"}
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 
@@ -119,8 +100,8 @@ class Code:
                 return [text for element in elements for text in self.texts(element)]
             case ast.Call(args=[ast.List(elts=elements)]) if called(node) == "join":
                 return [" ".join(one) for one in product(*map(self.texts, elements))]
-            case ast.Call(args=[template, *_]) if called(node) in ("say", "translated"):
-                return [text for english in self.texts(template) for text in self.filled(english, node)]
+            case ast.Call(args=[ast.Constant(value=str(template)), *_]) if called(node) == "say":
+                return self.filled(template, node)
         return [HOLE]
 
     def filled(self, template: str, call: ast.Call) -> list[str]:
