@@ -458,7 +458,9 @@ trainer.add_callback(Slow())
 
 STEPS = """
 from transformers.trainer_callback import DefaultFlowCallback
-DefaultFlowCallback.on_step_begin = lambda self, args, state, *_, **__: print(f"@step {state.global_step}\\n", end="", flush=True)
+def told(self, args, state, *_, **__):
+    print(f"@step {state.global_step}\\n", end="", flush=True)
+DefaultFlowCallback.on_step_begin = told
 """
 
 
