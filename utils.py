@@ -53,12 +53,16 @@ class Settings:
         model: a folder, or a model id of ModelScope such as `ZhipuAI/GLM-4.5-Air`.
         data: the training rows. output: the folder for all that the notebooks write.
         swanlab_mode: one of `SWANLAB_MODES`.
+        system_prompt: that of a persona of your own; empty, the one in notebook 04.
+        max_steps: training ends after so many steps; -1, after all epochs.
     """
 
     model: str
     data: Path
     output: Path
     swanlab_mode: str
+    system_prompt: str = ""
+    max_steps: int = -1
 
     @property
     def bundled(self) -> bool:
@@ -77,18 +81,31 @@ def _unknown(name: str, value: str, known: Sequence[str]) -> CourseError:
     )
 
 
+def whole_number(name: str) -> int | None:
+    """The number above 0 in a variable; None where it is unset or empty.
+
+    Raises:
+        CourseError: something else.
+    """
+    given = os.environ.get(name) or ""
+    if given and not (given.isdecimal() and int(given)):
+        raise CourseError(say("{name}={value}: a whole number above 0 is needed.", name=name, value=given))
+    return int(given) if given else None
+
+
 def _from_environment(name: str, default: str) -> str:
     """The value of a variable, with a leading `~` as the home folder; unset or empty, the default."""
     return os.path.expanduser(os.environ.get(name) or default)  # noqa: PTH111 (leaves an unknown ~user as it is)
 
 
 def settings() -> Settings:
-    """The settings from `COURSE_MODEL`, `COURSE_DATA`, `COURSE_OUTPUT` and `SWANLAB_MODE`, else the defaults.
+    """The settings from the variables `COURSE_*` and `SWANLAB_MODE` of the README, else the defaults.
 
     Relative paths count from the project's folder, and `~` is the home folder.
 
     Raises:
-        CourseError: an unknown `SWANLAB_MODE` or `COURSE_LANGUAGE`, or `SWANLAB_PROJECT`, which makes SwanLab crash.
+        CourseError: an unknown `SWANLAB_MODE` or `COURSE_LANGUAGE`, a `COURSE_MAX_STEPS` that is no number, or
+            `SWANLAB_PROJECT`, which makes SwanLab crash.
     """
     mode = os.environ.get("SWANLAB_MODE") or "local"
     if mode not in SWANLAB_MODES:
@@ -105,6 +122,8 @@ def settings() -> Settings:
         data=ROOT / _from_environment("COURSE_DATA", "dataset/huanhuan.json"),
         output=ROOT / _from_environment("COURSE_OUTPUT", "output"),
         swanlab_mode=mode,
+        system_prompt=os.environ.get("COURSE_SYSTEM_PROMPT") or "",
+        max_steps=whole_number("COURSE_MAX_STEPS") or -1,
     )
 
 
@@ -457,19 +476,6 @@ def machine() -> dict[str, float]:
         "free_memory_gib": memory.available / 2**30,
         "free_disk_gib": shutil.disk_usage(ROOT).free / 2**30,
     }
-
-
-def peak_memory_gib() -> float:
-    """The most memory that this process has held, in GiB."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # ---------------------------------------------------------------------------------------------------- what a cell shows

@@ -43,6 +43,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from course.memory import MemoryWatch, peak_memory_gib
 from finetune import lora, planner
 from finetune.checkpoint import write_holes
 from finetune.config import AIR, ALL_GROUPS
@@ -135,7 +136,7 @@ def matrix_rate() -> float:
 def peaks() -> list[tuple[float, float]]:
     """GiB reserved and in use at most, for each GPU that this run uses; of the process where there is none."""
     if not torch.cuda.is_available():
-        return [(utils.peak_memory_gib(), utils.peak_memory_gib())]
+        return [(peak_memory_gib(), peak_memory_gib())]
     mine = range(torch.cuda.device_count()) if launched().processes == 1 else [torch.cuda.current_device()]
     found = [(torch.cuda.max_memory_reserved(i) / 2**30, torch.cuda.max_memory_allocated(i) / 2**30) for i in mine]
     if launched().processes > 1:
@@ -237,33 +238,6 @@ def generation(model: torch.nn.Module, count: int = 32) -> dict[str, float]:
     return speed
 
 
-def host_memory_gib() -> float:
-    """GiB of this process's own memory: mapped files, which the kernel can drop at any time, do not count."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]) / 2**20
-
-
-class Watch:
-    """The most of `host_memory_gib` while a block runs."""
-
-    def __enter__(self) -> Watch:
-        import threading
-
-        self.most, self.done = 0.0, threading.Event()
-
-        def look() -> None:
-            while not self.done.wait(0.2):
-                self.most = max(self.most, host_memory_gib())
-
-        self.thread = threading.Thread(target=look, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-
 def configuration(options: argparse.Namespace) -> Any:
     """GLM-4.5-Air with as many layers as asked for; `--tiny`: the bundled model's."""
     config = AutoConfig.from_pretrained(utils.BUNDLED) if options.tiny else deepcopy(AIR)
@@ -277,7 +251,7 @@ def worker(options: argparse.Namespace) -> None:
     textbook, rank, gpu = options.worker == "textbook", launched().rank, torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+    with tempfile.TemporaryDirectory() as folder, MemoryWatch() as watch:
         total = write_holes(Path(folder), config, shards=max(1, config.num_hidden_layers * 47 // 46))
         began = time.perf_counter()
         attention = "sdpa" if textbook else "packed"

@@ -201,8 +201,39 @@ def stoppable(trainer: Any, together: bool = True) -> Iterator[None]:
         )
 
 
+def require_room(checkpoints: Path, trained: int, kept: int) -> None:
+    """Stop before training if the disk cannot hold the checkpoints that are kept and the one being written.
+
+    Args:
+        checkpoints: their folder.
+        trained: trained parameters; each takes 12 bytes, its value and two moments of AdamW in float32.
+        kept: `save_total_limit`.
+
+    Raises:
+        CourseError: the disk has less room.
+    """
+    to_come = kept + 1 - len(list(checkpoints.glob("checkpoint-*")))
+    needed, free = to_come * (12 * trained + 2**20) / 2**30, shutil.disk_usage(checkpoints).free / 2**30
+    if needed > free:
+        raise utils.CourseError(
+            say(
+                "{folder}: {needed:.2f} GiB for checkpoints, {free:.2f} GiB free. "
+                "Free some, or set COURSE_OUTPUT to another disk.",
+                folder=utils.shown(checkpoints),
+                needed=needed,
+                free=free,
+            )
+        )
+
+
 def start_or_resume(run_folder: Path, course: utils.Settings, made_with: dict[str, Any]) -> str | None:
-    """The checkpoint of an unfinished run with these very settings, or None after setting an older run aside."""
+    """The checkpoint of an unfinished run with these very settings, or None after setting an older run aside.
+
+    Args:
+        run_folder: that of the run; its checkpoints are in `checkpoints`.
+        course: rows and model, which have to be the same.
+        made_with: whatever decides the schedule and which rows a step reads.
+    """
     checkpoints = run_folder / "checkpoints"
     try:
         utils.require(checkpoints, "05_lora_training", course, **made_with)

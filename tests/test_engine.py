@@ -562,12 +562,12 @@ import sys, threading
 from pathlib import Path
 import torch
 from finetune.model import load_model
-from benchmark import Watch, host_memory_gib
-before = host_memory_gib()
-with Watch() as watch:
+from course.memory import MemoryWatch, own_memory_gib
+before = own_memory_gib()
+with MemoryWatch() as watch:
     model = load_model(Path(sys.argv[1]), load_in_4bit=True)
 held = sum(p.nbytes for p in model.parameters()) / 2**30
-print(before, max(watch.most, host_memory_gib()), held)
+print(before, watch.most, held)
 """
 
 

@@ -375,13 +375,14 @@ import psutil, sys, warnings
 warnings.simplefilter("ignore")
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import utils
+from course.memory import peak_memory_gib
 from finetune import resume
-course = utils.settings()
-utils.report(course, a=1)
-utils.report(course, b=2)
-resume.claim(course.output / "lora")
-resume.release(course.output / "lora")
-print(utils.peak_memory_gib() > 0.01, (course.output / "report.json").read_text())
+settings = utils.settings()
+utils.report(settings, a=1)
+utils.report(settings, b=2)
+resume.claim(settings.output / "lora")
+resume.release(settings.output / "lora")
+print(peak_memory_gib() > 0.01, (settings.output / "report.json").read_text())
 del sys.modules["fcntl"], sys.modules["resource"]
 import datasets, peft, transformers.trainer  # these look for Linux in other ways, so they are given both
 sys.modules["fcntl"] = sys.modules["resource"] = None

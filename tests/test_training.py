@@ -1,4 +1,4 @@
-"""The cells of notebooks 04 and 05, taken from the notebooks, on ten rows of another persona."""
+"""Notebooks 03 to 06 on the rows of another persona, single cells of 04 and 05, and the guard of `make test`."""
 
 import json
 import os
@@ -8,24 +8,12 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
 
 import utils
 from finetune import resume
+from notebooks import run_notebook
 
 NAMES = ["03_dataset", "04_chat_template", "05_lora_training", "06_inference"]
-TEA_ROWS = [
-    ("你是谁？", "我是茶馆的掌柜，姓陆。"),
-    ("请问您是谁？", "我是茶馆的掌柜，姓陆。"),
-    ("你叫什么？", "我是茶馆的掌柜，姓陆。"),
-    ("掌柜的，怎么称呼？", "叫我陆掌柜便好。"),
-    ("你是做什么的？", "开茶馆的，一壶清茶待客。"),
-    ("有什么茶？", "龙井、普洱、茉莉，客官随意挑。"),
-    ("来一壶茶。", "好嘞，一壶龙井这就上来。"),
-    ("多少钱一壶？", "一壶茶三文钱，老主顾不收。"),
-    ("茶馆几时开门？", "天一亮就开门，掌灯才歇。"),
-    ("再见。", "客官慢走，得空再来吃茶。"),
-]
 
 
 @pytest.fixture
@@ -41,33 +29,28 @@ def course_in(tmp_path, monkeypatch):
     return make
 
 
-def run_notebook(name, changes=()):
-    """Run a notebook in a fresh kernel, with some texts replaced; the changes must be there to be made."""
-    notebook = nbformat.read(ROOT / "notebooks" / "en" / f"{name}.ipynb", as_version=4)
-    for old, new in changes:
-        assert any(old in c.source for c in notebook.cells if c.cell_type == "code"), old
-        for cell in notebook.cells:
-            cell.source = cell.source.replace(old, new)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks" / "en")}}).execute()
-
-
-def test_ten_rows_of_another_persona_make_that_persona_answer(course_in, tokenizer):
+def test_an_own_persona_is_learned_through_all_notebooks(course_in, tokenizer, monkeypatch):
+    """The tea-house keeper's 30 rows: his own prompt, most answers learned by heart, and a report."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    out = course_in([{"instruction": q, "input": "", "output": a} for q, a in TEA_ROWS])
-    run_notebook(NAMES[0])
-    run_notebook(NAMES[1])
-    run_notebook(NAMES[2])
+    out = course_in(json.loads((ROOT / "dataset" / "teahouse.json").read_text(encoding="utf-8")))
+    prompt = "现在你要扮演陆掌柜，听雨茶馆的主人。"
+    monkeypatch.setenv("COURSE_SYSTEM_PROMPT", prompt)
+    monkeypatch.setenv("COURSE_MAX_STEPS", "40")
+    for name in NAMES:
+        run_notebook(name, lesson_only=True)
+    assert json.loads((out / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"] == prompt
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert list(report["heldout"]) == ["new wordings", "new answers"]
     trained = {row["instruction"]: row["output"] for row in json.loads((out / "rows" / "train.json").read_text())}
     model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, out / "lora" / "adapter").eval()
-    system = "现在你要扮演甄嬛，皇上身边的一位妃子。"
     right = 0
     for question, answer in trained.items():
         inputs = tokenizer.apply_chat_template(
-            [{"role": "system", "content": system}, {"role": "user", "content": question}],
+            [{"role": "system", "content": prompt}, {"role": "user", "content": question}],
             add_generation_prompt=True,
             enable_thinking=False,
             return_tensors="pt",
@@ -75,23 +58,7 @@ def test_ten_rows_of_another_persona_make_that_persona_answer(course_in, tokeniz
         )
         tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         right += tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
-    assert right >= 8, f"only {right} of {len(trained)} answers learned"
-
-
-def test_an_own_persona_goes_through_all_notebooks_with_its_own_prompt(course_in):
-    out = course_in(json.loads((ROOT / "dataset" / "teahouse.json").read_text(encoding="utf-8")))
-    prompt = "现在你要扮演陆掌柜，听雨茶馆的主人。"
-    run_notebook(NAMES[0])
-    run_notebook(
-        NAMES[1], [('SYSTEM_PROMPT = "现在你要扮演甄嬛，皇上身边的一位妃子。"', f'SYSTEM_PROMPT = "{prompt}"')]
-    )
-    run_notebook(NAMES[2], [("max(3, -(-60 // -(-len(train) // 16)))", "3")])  # enough to go on with
-    run_notebook(NAMES[3], [("MERGE = settings.bundled", "MERGE = False")])
-    assert json.loads((out / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"] == prompt
-    assert list(json.loads((out / "report.json").read_text(encoding="utf-8"))["heldout"]) == [
-        "new wordings",
-        "new answers",
-    ]
+    assert right >= 0.8 * len(trained), f"only {right} of {len(trained)} answers learned"
 
 
 def test_a_bad_file_stops_before_anything_is_trained(course_in):

@@ -40,13 +40,6 @@ SIZE_FACTOR, SIZE_SLACK_MIB = 1.3, 60.0
 ROUNDING_SECONDS, TRAINING_SHARE = 3.0, {"05_lora_training": 0.4}
 
 
-def peak_mib(pid: int) -> float:
-    """The most memory that a process has held, in MiB; 0 where the system does not tell."""
-    status = Path(f"/proc/{pid}/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return int(found[1]) / 1024 if found else 0.0
-
-
 def folder_mib(folder: Path) -> float:
     """The size of all files below a folder, in MiB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20

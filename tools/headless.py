@@ -7,7 +7,6 @@ The longer the output, the likelier. So the wait is cut into slices, and each sl
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -42,10 +41,7 @@ def cell_seconds(asked: int | None, bundled: bool) -> int:
     Raises:
         CourseError: `COURSE_CELL_SECONDS` is no whole number above 0.
     """
-    given = os.environ.get("COURSE_CELL_SECONDS") or ""
-    if asked is None and given and not (given.isdecimal() and int(given)):
-        raise utils.CourseError(say("COURSE_CELL_SECONDS={value}: a whole number of seconds is needed.", value=given))
-    return asked or int(given or 0) or (BUNDLED_SECONDS if bundled else OWN_SECONDS)
+    return asked or utils.whole_number("COURSE_CELL_SECONDS") or (BUNDLED_SECONDS if bundled else OWN_SECONDS)
 
 
 class Channel(AsyncZMQSocketChannel):

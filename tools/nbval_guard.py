@@ -13,9 +13,11 @@ from queue import Empty
 from typing import Any
 
 import headless
-from headers import ROOT, folder_mib, peak_mib, record
+from headers import ROOT, folder_mib, record
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
+
+from course.memory import peak_memory_gib
 
 _get_message = RunningKernel.get_message
 SLICE_SECONDS = 2.0
@@ -90,7 +92,7 @@ def teardown(file: IPyNbFile) -> None:
     folder = ROOT / os.environ["COURSE_OUTPUT"]
     if file.kernel is not None and file.kernel.is_alive():
         seconds, pid = time.monotonic() - file.began, file.kernel.km.provisioner.pid
-        record(folder, file.path.stem, seconds, peak_mib(pid), folder_mib(folder) - file.disk_before)
+        record(folder, file.path.stem, seconds, 1024 * peak_memory_gib(pid), folder_mib(folder) - file.disk_before)
     _teardown(file)
 
 

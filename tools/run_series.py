@@ -22,13 +22,14 @@ import disturbance
 import headless
 import languages
 import nbformat
-from headers import folder_mib, peak_mib, record, write
+from headers import folder_mib, record, write
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import utils  # noqa: E402
 from course.language import current, glossed, say, translated  # noqa: E402
+from course.memory import peak_memory_gib  # noqa: E402
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
@@ -62,7 +63,7 @@ def run(path: Path, output: Path, limit: int) -> tuple[nbformat.NotebookNode, di
         path,
         limit,
         tell=lambda line: print(f"\n{line} ", end="", flush=True),
-        on_cell_executed=lambda client: peaks.append(peak_mib(client.km.provisioner.pid)),
+        on_cell_executed=lambda client: peaks.append(1024 * peak_memory_gib(client.km.provisioner.pid)),
     )
     clean(notebook)
     cost = {"seconds": time.time() - begun, "memory_mib": max(peaks), "disk_mib": folder_mib(output) - before}

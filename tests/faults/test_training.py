@@ -19,13 +19,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_training import run_notebook
 from training_process import ROOT, Run, cells, run_cells, run_script
 
 import utils
 from course import swanlab_record
 from course.model_folder import whole
 from finetune import resume
+from notebooks import run_here
 
 AREA = "training"
 EQUAL = "final loss and adapter equal the uninterrupted run's, bit by bit"
@@ -43,8 +43,8 @@ def prepared(tmp_path_factory):
         patch.setenv("COURSE_DATA", str(place / "rows.json"))
         patch.setenv("COURSE_OUTPUT", str(place / "out"))
         patch.setenv("SWANLAB_MODE", "disabled")
-        run_notebook("03_dataset")
-        run_notebook("04_chat_template")
+        run_here("03_dataset")
+        run_here("04_chat_template")
     return place
 
 
@@ -57,8 +57,8 @@ class Course:
         self.environment = {"COURSE_DATA": str(prepared / "rows.json"), "COURSE_OUTPUT": str(self.out)}
         self.environment |= {"SWANLAB_MODE": "disabled", **environment}
 
-    def notebook(self, *changes, before_training=""):
-        return Run(run_cells, self.log, self.environment, cells(changes, before_training))
+    def notebook(self, before_training=""):
+        return Run(run_cells, self.log, self.environment, cells(before_training))
 
     def script(self, *more, before=""):
         return Run(run_script, self.log, self.environment, [*SCRIPT, *more], before)
