@@ -141,6 +141,7 @@ def test_a_hub_that_only_a_proxy_reaches_is_found_and_fetched_from(no_proxies, c
 def test_an_error_names_the_proxy_and_no_password(no_proxies, cell, tmp_path, capsys, variable, status):
     course = dataclasses.replace(utils.settings(), output=tmp_path / "output")
     no_proxies.setenv("MODELSCOPE_DOWNLOAD_MAX_RETRIES", "1")
+    no_proxies.setattr(time, "sleep", lambda seconds: None)  # the client waits between its tries
     user, secret = "anna", "geheim"
     with Proxy(status or 403) as proxy:
         port = proxy.server.server_port if status else refused_port()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from training_process import Run, run_script
 
 import utils
 from finetune import __main__ as commands
@@ -30,15 +32,31 @@ def environment(output, data, **more):
     return {**os.environ, **course, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def run_train(output, data, *arguments, processes=1, code=None):
-    """Run the command as a user does, or `code` in its place; return what it printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["--no-python", sys.executable] if code else []
-    command += ["-c", code] if code else ["-m", "finetune", "train"]
+def run_train(output, data, *arguments, processes=1, before=""):
+    """Run the command in processes that have torch imported, after the statements `before`; return what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, runs = output.with_name(f"{output.name}.log"), []
+    for rank in range(processes):
+        started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        started |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launched = {name: str(value) for name, value in started.items()} if processes > 1 else {}
+        runs.append(Run(run_script, log, environment(output, data, **launched), list(arguments), before))
+    assert [run.end(240) for run in runs] == [0] * processes, runs[0].said
+    return runs[0].said
+
+
+def run_launcher(output, data, *arguments):
+    """Run the command under torchrun on two processes, as a user does; return what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, *arguments], env=environment(output, data), cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*command, "-m", "finetune", "train", *arguments],
+        env=environment(output, data),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -142,10 +160,10 @@ def test_script_and_notebook_leave_the_same_files(both_ways):
 
 # --------------------------------------------------------------------------------------------- two processes
 
-SHORT = ("--max-steps", "6", "--save-steps", "3")
+SHORT = ("--max-steps", "4", "--save-steps", "2")
 # Whole steps alone: accelerate fills the last step of an epoch up with rows of the first, so that both processes get
-# as many, and two processes then train a little more than one. With 44 rows (12 in the last step) the adapters are 5 %
-# apart after six steps.
+# as many, and two processes then train a little more than one. With 44 rows (12 in the last step) the adapters were
+# 5 % apart after six steps.
 FULL = 32
 
 
@@ -159,7 +177,7 @@ def one_process(prepared, data):
 @pytest.fixture(scope="module")
 def two_processes(prepared, data):
     output = prepared("two", FULL)
-    return output, run_train(output, data, *SHORT, processes=2)
+    return output, run_launcher(output, data, *SHORT)
 
 
 def test_two_processes_train_what_one_does(one_process, two_processes):
@@ -167,7 +185,6 @@ def test_two_processes_train_what_one_does(one_process, two_processes):
     assert "2 process(es), batch size 16" in printed
     assert printed.count("trainable parameters: {") == 1 and "resuming from nothing" in printed
     difference = far(adapter_of(output), adapter_of(one_process))
-    print(difference)
     assert difference < 1e-3  # measured 2.5e-5
     assert all(tensor.any() for name, tensor in adapter_of(output).items() if "lora_B" in name)
 
@@ -182,18 +199,18 @@ def test_an_interrupted_run_of_two_processes_ends_where_it_would_have(two_proces
     finished, _ = two_processes
     output = tmp_path / "out"
     shutil.copytree(finished, output)
-    assert sorted(p.name for p in (output / "lora" / "checkpoints").glob("c*")) == ["checkpoint-3", "checkpoint-6"]
-    shutil.rmtree(output / "lora" / "checkpoints" / "checkpoint-6")
+    assert sorted(p.name for p in (output / "lora" / "checkpoints").glob("c*")) == ["checkpoint-2", "checkpoint-4"]
+    shutil.rmtree(output / "lora" / "checkpoints" / "checkpoint-4")
     shutil.rmtree(output / "lora" / "adapter")
     (output / "lora" / "made_from.json").unlink()
     printed = run_train(output, data, *SHORT, processes=2)
-    assert "resuming from" in printed and "checkpoint-3" in printed
+    assert "resuming from" in printed and "checkpoint-2" in printed
     found, expected = adapter_of(output), adapter_of(finished)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    halfway = load_file(output / "lora" / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors")
-    assert far(halfway, expected) > 1e-2  # so steps 4 to 6 were made
-    assert history(output)[-1]["step"] == 6
+    halfway = load_file(output / "lora" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    assert far(halfway, expected) > 1e-2  # so steps 3 and 4 were made
+    assert history(output)[-1]["step"] == 4
 
 
 # ------------------------------------------------------------------------------------- the command line
@@ -280,9 +297,9 @@ def test_what_stands_in_the_code_decides_it_too(command, prepared, monkeypatch, 
 
 
 OWN_ROOM = """
-import os, sys
+import os
 from dataclasses import replace
-from finetune import __main__ as commands, planner, train
+from finetune import planner, train
 usual = planner.plan
 rows = 40 if os.environ["RANK"] == "0" else 5
 planner.plan = lambda *given, **named: replace(usual(*given, **named), eval_batch_size=rows)
@@ -291,12 +308,11 @@ class Told(train.ShardedTrainer):
         super().__init__(*given, **named)
         print(f"@rows {self.args.per_device_eval_batch_size}\\n", end="", flush=True)
 train.ShardedTrainer = Told
-sys.exit(commands.main(["train", *sys.argv[1:]]))
 """
 
 
 def test_all_processes_evaluate_as_many_rows_at_once_as_the_fullest_can(prepared, data):
-    printed = run_train(prepared("room", FULL), data, "--max-steps", "1", processes=2, code=OWN_ROOM)
+    printed = run_train(prepared("room", FULL), data, "--max-steps", "1", processes=2, before=OWN_ROOM)
     assert printed.count("@rows 5") == 2
 
 

@@ -78,7 +78,7 @@ def run_cells(log: Path, environment: dict[str, str], sources: list[str]) -> Non
 def run_script(log: Path, environment: dict[str, str], arguments: list[str], before: str = "") -> None:
     """In the child: the command with these arguments."""
     _start(log, environment)
-    exec(before)
+    exec(before, {})
     from finetune.__main__ import main
 
     sys.exit(main(["train", *arguments]))
