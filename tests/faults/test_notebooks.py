@@ -234,7 +234,7 @@ def test_no_cell_takes_the_name_of_a_function_of_another_cell():
 def test_a_prompt_changed_after_the_samples_is_refused(right, output, fault):
     with opened("04_chat_template", output) as learner:
         learner.run_all()
-        learner.run('SYSTEM_PROMPT = "', 甄嬛="陆掌柜")
+        learner.run("SYSTEM_PROMPT = ", 甄嬛="陆掌柜")
         error, shown = learner.run("utils.remake(")
     assert error == "CourseError"
     assert "another system prompt" in shown

@@ -315,6 +315,7 @@ def small_disk(tmp_path):
 
 
 FILL = """
+import shutil
 def fill(place, left):
     with open(place + "/of-another-program", "wb") as file:
         file.write(bytes(shutil.disk_usage(place).free - left))
