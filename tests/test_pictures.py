@@ -119,7 +119,8 @@ def test_what_is_trained_has_a_sign_beside_its_colour(path):
 @pytest.fixture(scope="module")
 def sample(tokenizer, cell):
     """The sample that notebook 04 looks at, made by its own cells."""
-    made = {"utils": utils, "tokenizer": tokenizer, "user_token": tokenizer.convert_tokens_to_ids("<|user|>")}
+    made = {"utils": utils, "settings": utils.settings(), "tokenizer": tokenizer}
+    made["user_token"] = tokenizer.convert_tokens_to_ids("<|user|>")
     exec(cell("04_chat_template", "SYSTEM_PROMPT = ").splitlines()[0], made)
     exec(cell("04_chat_template", "def tokenize_row"), made)
     exec(cell("04_chat_template", "sample_row = ").rsplit("\n", 1)[0], made)
