@@ -493,5 +493,5 @@ def test_a_shared_training_is_resumed_from_its_last_checkpoint_but_one(tmp_path)
 
 def test_the_cells_that_a_shared_run_does_not_compare_are_there():
     sources = {cell.id: cell.source for name, cell in cells() if name == "05_lora_training"}
-    assert "resuming from" in sources[run_nbval.RESUMED[0]]
+    assert "start_or_resume(" in sources[run_nbval.RESUMED[0]]
     assert "points in SwanLab" in sources[run_nbval.RESUMED[1]]
