@@ -40,7 +40,7 @@ $(VENV)/ready: requirements.txt requirements.lock
 run: setup
 	@$(BIN)/python tools/run_series.py
 
-# The image's settings serve here too: no question about news, nobody asked about updates.
+# The image's settings serve here too: no question about news, no question about updates.
 # More options for JupyterLab:  make lab LAB_ARGS="--no-browser --port=8890"
 lab: setup
 	@$(if $(ALLOW_ROOT),echo "You are root: JupyterLab gets --allow-root. It asks for its token and listens on 127.0.0.1 as for every user.")

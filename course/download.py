@@ -219,7 +219,7 @@ def _download_advice(name: str, error: BaseException) -> str:
 def say_update(seconds: float = 3.0) -> None:
     """Print a line when the address in `COURSE_UPDATES` names a newer version (a date) than `deploy/VERSION`.
 
-    Without the variable nobody is asked. No answer in that time, or one that is no date, is no news.
+    Without the variable no address is asked. No answer in that time, or one that is no date, is no news.
     """
     address, answer = os.environ.get("COURSE_UPDATES", ""), []
     if not address.startswith(("https://", "http://")):

@@ -72,7 +72,7 @@ set -- --ServerApp.root_dir="$WORK" --LabApp.extension_manager=readonly --Kernel
 if [ -n "${JUPYTERHUB_API_TOKEN:-}" ]; then
     chmod go= "$HOME"
     export JUPYTERHUB_DEFAULT_URL="$first"
-    # A kernel that nobody looks at gives its memory back after half an hour.
+    # A kernel without a browser gives its memory back after half an hour.
     exec jupyterhub-singleuser "$@" --MappingKernelManager.cull_idle_timeout=1800
 fi
 [ -n "${JUPYTER_TOKEN:-}" ] || unset JUPYTER_TOKEN # an empty one would open the door

@@ -15,8 +15,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from finetune import quantize
 
-#: Up to so many slots (tokens x experts a token) nobody waits for the GPU to count those of other processes; their rows
-#: are computed and thrown away. Chosen, not measured.
+#: Up to so many slots (tokens x experts a token) the processor does not wait for the GPU to count those of other
+#: processes; their rows are computed and thrown away. Chosen, not measured.
 NO_COUNT_BELOW = 2**14
 
 
@@ -31,7 +31,7 @@ def sum_slots(rows: torch.Tensor, slots: torch.Tensor, dropped: int | None) -> t
     """Rows (slots, hidden), slots (tokens, k) -> (tokens, hidden): the sum over a token's slots, the dropped left out.
 
     Args:
-        dropped: the number of the slot that stands for all experts of other processes; None where all are here.
+        dropped: the number of the one slot for all experts of other processes; None where all are here.
     """
     if dropped is None:
         return rows[slots.flatten()].view(*slots.shape, -1).sum(1)

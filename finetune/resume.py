@@ -117,7 +117,7 @@ def kept_checkpoint(folder: Path, in_order: bool) -> str | None:
     Args:
         folder: that of the checkpoints.
         in_order: whether all processes stopped after the same step. Otherwise one of them may still write, so nothing
-            is deleted and nobody is waited for.
+            is deleted and no other process is waited for.
     """
     import torch.distributed as dist
 
@@ -143,7 +143,7 @@ def stoppable(trainer: Any, together: bool = True) -> Iterator[None]:
 
     Args:
         trainer: its checkpoints are looked for.
-        together: whether every process is here, as while training, and not the first alone, as while saving.
+        together: whether every process is here, as while training, and not only the first, as while saving.
 
     Raises:
         CourseError: it was interrupted, or the disk is full; with what is kept and how to go on.

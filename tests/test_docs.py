@@ -61,7 +61,7 @@ def entries(page: str) -> list[str]:
 
 
 def differences(page: str, said: set[str]) -> tuple[set[str], set[str]]:
-    """What the code says and the page does not explain, and what the page explains and nobody says."""
+    """What the code says and the page does not explain, and what the page explains and the code does not say."""
     explained = {messages.tidy(re.sub("‹[^›]*›", messages.HOLE, entry)) for entry in entries(page)}
     return said - RESULTS - explained, explained - said
 
@@ -80,7 +80,7 @@ def test_the_page_explains_what_the_code_says_and_nothing_else():
 
 def test_a_message_without_an_entry_and_an_entry_without_a_message_are_named():
     said = set(messages.collect())
-    assert differences(TROUBLE, said | {"‹›: a new fault. Mend it."}) == ({"‹›: a new fault. Mend it."}, set())
+    assert differences(TROUBLE, said | {"‹›: a new fault. Change it."}) == ({"‹›: a new fault. Change it."}, set())
     gone = "‹›: no such file. Check COURSE_DATA."
     assert differences(TROUBLE, said - {gone}) == (set(), {gone})
 
@@ -88,7 +88,7 @@ def test_a_message_without_an_entry_and_an_entry_without_a_message_are_named():
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ('raise CourseError("mend it")', {"mend it"}),
+        ('raise CourseError("change it")', {"change it"}),
         ('raise utils.CourseError(f"{name}: {n:.1f} GiB")', {"‹›: ‹› GiB"}),
         ('why = "no disk" if x else "no net"\nraise CourseError(f"{why}. Stop.")', {"no disk. Stop.", "no net. Stop."}),
         ('more = ", and more" if x else ""\nraise CourseError("too many" + more)', {"too many‹›"}),
@@ -117,7 +117,7 @@ def test_the_symptoms_of_the_failure_lab_are_those_of_its_summary():
 
 
 def best_entry(said: str) -> str:
-    """The entry of the page that says most of a real message; before it may stand a file, a model or a row."""
+    """The entry of the page that says most of a real message; before it may be a file, a model or a row."""
     said, found = said.splitlines()[-1], {"": 0}  # the rows of a data file have a line each
     for entry in entries(TROUBLE):
         parts = re.split("‹[^›]*›", entry)
@@ -383,7 +383,7 @@ def test_the_agendas_name_notebooks_in_their_order():
 
 
 def measured_rows() -> list[str]:
-    """The table of what was measured, as it should stand in the guide."""
+    """The table of what was measured, as it should be in the guide."""
     return [
         f"| machine | {ROOM['hardware']} |",
         f"| measured on | {ROOM['date']} |",

@@ -222,7 +222,7 @@ def test_the_shares_of_all_processes_add_up_to_all_experts(ours, monkeypatch, pa
     count, k = layer.num_experts, ours.config.num_experts_per_tok
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(30, ours.config.hidden_size, generator=draw)
-    index = torch.stack([torch.randperm(count - 1, generator=draw)[:k] for _ in range(30)])  # nobody asks the last one
+    index = torch.stack([torch.randperm(count - 1, generator=draw)[:k] for _ in range(30)])  # the last one is not asked
     weights = torch.rand(30, k, generator=draw)
     expected, gradients = experts_run(layer, x, index, weights)
 

@@ -37,7 +37,7 @@ def called(node):
 
 
 def unfound(source):
-    """Calls whose text Babel does not find: it is no literal, or stands in an f-string or in a call within a call."""
+    """Calls whose text Babel does not find: it is no literal, or is in an f-string or in a call within a call."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and called(node) in translations.KEYWORDS.keys() - {"translated"}:
             text = node.args[translations.KEYWORDS[called(node)][0] - 1]

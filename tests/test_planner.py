@@ -65,7 +65,7 @@ def test_the_adapter_is_counted_as_notebook_05_does(cell, config, rank):
 
 
 def measured():
-    """The runs that came to an end; not those of the textbook's batches on our experts, which nobody plans."""
+    """The runs that came to an end; not those of the textbook's batches on our experts, which are not planned."""
     lines = (ROOT / "benchmarks" / "measured.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["recipe"] in ("ours", "textbook") and "failed" not in row]
     assert rows

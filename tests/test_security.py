@@ -337,7 +337,7 @@ def test_a_real_jupyter_started_so_asks_for_its_token(tmp_path):
 
     commands = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = [line for line in commands.splitlines() if "-m jupyterlab" in line]
-    words = command[command.index("-m jupyterlab") :].split()[2:]  # behind the variables that stand before it
+    words = command[command.index("-m jupyterlab") :].split()[2:]  # behind the variables before it
     arguments = [word for word in words if not word.endswith(".ipynb")] + ["--no-browser", "--port=0"]
     environment = {**os.environ, "HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
     server = subprocess.Popen(

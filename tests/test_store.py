@@ -96,7 +96,7 @@ def test_the_work_of_others_is_seen(tmp_path):
     watch = disturbance.Watch.start()
     done = tmp_path / "done"
     code = BURN.format(1.0) + f"\nopen({str(done)!r}, 'w')"
-    # Started by a shell that ends at once, so it is nobody's child here.
+    # Started by a shell that ends at once, so it is no child of this process.
     subprocess.run(["sh", "-c", '"$0" -c "$1" >/dev/null 2>&1 &', sys.executable, code], check=True)
     while not done.exists():
         time.sleep(0.05)

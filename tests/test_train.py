@@ -161,7 +161,7 @@ def test_script_and_notebook_leave_the_same_files(both_ways):
 # --------------------------------------------------------------------------------------------- two processes
 
 SHORT = ("--max-steps", "4", "--save-steps", "2")
-# Whole steps alone: accelerate fills the last step of an epoch up with rows of the first, so that both processes get
+# Only whole steps: accelerate fills the last step of an epoch up with rows of the first, so that both processes get
 # as many, and two processes then train a little more than one. With 44 rows (12 in the last step) the adapters were
 # 5 % apart after six steps.
 FULL = 32

@@ -146,9 +146,9 @@ def test_special_token_spellings_stay_text(tokenizer):
 
 def test_a_course_error_shows_its_message_alone():
     code = "from IPython.core.interactiveshell import InteractiveShell as S\nimport utils\ns = S.instance()\n"
-    code += "s.push({'utils': utils})\ns.run_cell('raise utils.CourseError(\"mend it\")')"
+    code += "s.push({'utils': utils})\ns.run_cell('raise utils.CourseError(\"change it\")')"
     done = subprocess.run([sys.executable, "-c", code], cwd=utils.ROOT, capture_output=True, text=True, check=True)
-    assert "CourseError: mend it" in done.stdout
+    assert "CourseError: change it" in done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -238,7 +238,7 @@ def test_the_mask_view_shows_every_token_and_two_signs(tokenizer):
     assert view.text.splitlines()[0] == "read    ○ │<|user|>│⏎│"
     assert view.text.splitlines()[1].startswith("trained ● │嬛(2)│")
     assert f"{len(ids) - 2} of {len(ids)} tokens are trained" in view.text
-    assert view.html.count("●") == view.html.count("4px solid") + 1  # the sign stands beside the colour, and in the key
+    assert view.html.count("●") == view.html.count("4px solid") + 1  # the sign is beside the colour, and in the key
     assert "&lt;|user|&gt;" in view.html
     assert "<b>" not in view.html
     with pytest.raises(ValueError, match="a label belongs to each token"):

@@ -8,7 +8,7 @@ UV=${UV:-uv}
 HEAD=$(mktemp)
 trap 'rm -f "$HEAD" "$HEAD.excluded"' EXIT
 
-# What torch needs on Linux for its CUDA build alone. torch pins each of them exactly.
+# What torch needs on Linux for its CUDA build only. torch pins each of them exactly.
 "$UV" pip compile -q --universal --python-version 3.11 --no-header --no-annotate requirements.txt |
     sed -nE 's/^(triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==.*/\1/p' | grep -v '^nvidia-ml-py$' >"$HEAD.excluded"
 

@@ -50,7 +50,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is. Sizes in GiB; `fonts` is None where nobody can tell, `unwritable` the reason or empty."""
+    """What there is. Sizes in GiB; `fonts` is None where it cannot be told, `unwritable` the reason or empty."""
 
     cores: int
     free_memory: float

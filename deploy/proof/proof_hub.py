@@ -137,7 +137,7 @@ def main() -> int:
         expect("nor does none", answer.status_code in (302, 403))
         notes = Path("/home/ben/.local/share/jupyter/runtime").glob("kernel-*.json")
         ways = {json.loads(path.read_text())["transport"] for path in notes}
-        expect("kernels are reached through files of their user alone", ways == {"ipc"})
+        expect("kernels are reached through files of their user only", ways == {"ipc"})
     finally:
         hub.terminate()
         hub.wait(60)

@@ -48,7 +48,7 @@ def small_config(tokenizer: PreTrainedTokenizerBase) -> Glm4MoeConfig:
         use_qk_norm=False,
         attention_bias=True,
         max_position_embeddings=SEQUENCE,
-        tie_word_embeddings=True,  # untied, the vocabulary alone would take a third of the 32 MiB
+        tie_word_embeddings=True,  # untied, the vocabulary would take a third of the 32 MiB
         num_nextn_predict_layers=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         pad_token_id=token("<|endoftext|>"),

@@ -159,7 +159,7 @@ class Hand:
 
 
 def use_interact(hand: Hand) -> None:
-    """Every control changes what stands below the controls."""
+    """Every control changes what is below the controls."""
     shown = hand.cell.locator(".widget-interact .widget-output")
     for control in hand.cell.locator(".widget-interact").locator("input, select, [role=slider]").all():
         expect(shown).to_contain_text(SOMETHING)
@@ -272,7 +272,7 @@ def test_every_link_of_the_series_leads_somewhere(sheet):
 
 def test_no_trouble_and_nothing_asked_outside(sheet):
     """No error in the console, no dialog, no offer of news, no request that leaves this machine."""
-    # A link opens a notebook that nobody has run; of its stored widgets the kernel is gone.
+    # A link opens a notebook that has not been run; of its stored widgets the kernel is gone.
     assert [said for said in sheet.troubles if "widget model not found" not in said] == []
     here = ("data:", "blob:", sheet.lab.url, sheet.lab.url.replace("http", "ws"))
     assert [url for url in sheet.asked if not url.startswith(here)] == []

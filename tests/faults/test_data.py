@@ -36,7 +36,7 @@ def rows_of(**changed: Any) -> bytes:
 
 
 def escaped(**changed: Any) -> bytes:
-    """The same in ASCII alone, everything else as escapes."""
+    """The same in ASCII only, everything else as escapes."""
     return json.dumps([GOOD, OTHER | changed]).encode()
 
 
@@ -66,7 +66,7 @@ class Case:
 
     Attributes:
         fault: what is wrong, in words. injected: the file's bytes. happened: texts that the learner sees. For a file
-            that is refused they stand in the one message, for one that is taken in what load_rows, the audit and the
+            that is refused they are in the one message, for one that is taken in what load_rows, the audit and the
             cell on lengths print.
     """
 
@@ -102,7 +102,7 @@ REFUSED = [
     Case("one wrong byte in much UTF-8", rows_of(output="好" * 90) + b"\xff", ("not UTF-8", "Save it again as UTF-8")),
     Case("a lone surrogate as bytes", rows_of(output="好\ud83d"), ("not UTF-8",)),
     Case("an empty file", b"", ("The file is empty", "Write [")),
-    Case("white space alone", b" \n\t\n", ("The file is empty",)),
+    Case("only white space", b" \n\t\n", ("The file is empty",)),
     # not JSON
     Case("cut off inside a text", rows_of()[:-9], ("line 1 column", "ends too early")),
     Case("cut off between rows", TEXT.split(", {")[0].encode(), ("line 1 column", "ends too early")),
@@ -114,7 +114,7 @@ REFUSED = [
         "CSV with a comma too many", b"instruction,output\na,b,c", ("row 1 (line 2) has more cells", "quote its commas")
     ),
     Case("CSV with an open quote", b'instruction,output\na,"b', ("not a table", "double quotes")),
-    Case("CSV with a head alone", b"instruction,output\n", ("holds an empty list",)),
+    Case("CSV with only a head", b"instruction,output\n", ("holds an empty list",)),
     Case("CSV in other words", "问题,instruction,answer\n甲,,乙".encode(), ("row 1 'instruction' is empty",)),
     Case("a web page", b"<!DOCTYPE html><html></html>", ("a web page: download the file itself",)),
     Case("single quotes", str([GOOD]).encode(), ("line 1 column 3", "in the place of a double quote")),
@@ -613,7 +613,7 @@ def test_no_turn_forges_a_special_token_in_the_asking_prompt(asking, tokenizer, 
 
 
 def test_lookalikes_are_other_text(formatter, tokenizer):
-    """No normaliser stands before the tokenizer, so a full-width or composed spelling is no special token either."""
+    """There is no normaliser before the tokenizer, so a full-width or composed spelling is no special token either."""
     assert json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"] is None
     user = formatter["user_token"]
     for text in ("＜｜user｜＞", "<|USER|>", "<| user |>", "<|us\u200ber|>"):

@@ -1,6 +1,6 @@
 """The real `snapshot_download`, in the cells of notebook 02, against a hub that fails.
 
-Every fault has to end in a complete model whose hashes are right, or in one message with the mend.
+Every fault has to end in a complete model whose hashes are right, or in one message that says what to do.
 """
 
 import ast
@@ -26,7 +26,7 @@ from course.hub import LocalHub
 from course.model_folder import model_folder, whole
 
 # A learner's client waits a minute for a silent hub and up to a minute between tries; here it waits a second.
-# Read when the client is imported, so this stands before that; the number of tries stays what it is.
+# Read when the client is imported, so this comes before that; the number of tries stays what it is.
 SECOND = ("DOWNLOAD_TIMEOUT", "DOWNLOAD_RETRY_MAX_DELAY_SECONDS", "REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS")
 os.environ.update({f"MODELSCOPE_{name}": "1" for name in SECOND}, MODELSCOPE_LOG_LEVEL="50", TQDM_DISABLE="1")
 
@@ -217,7 +217,8 @@ def test_a_lasting_fault_is_said_and_the_next_run_fetches_the_rest_only(
         AREA,
         words,
         f"`{kind}` for one shard until the client gives up (tries: {tries})",
-        "one message names the file and the mend; no damaged file under its name; the next run asks for this file only",
+        "one message names the file and says what to do; no damaged file under its name; "
+        "the next run asks for this file only",
     )
 
 
@@ -226,7 +227,7 @@ def test_a_lasting_error_of_the_listing_is_said(fetch, hub, fault):
     with pytest.raises(utils.CourseError) as error:
         fetch(hub.endpoint)
     assert_clear(error, MODEL_ID, "the hub is in trouble or overrun (HTTP 500)", AGAIN)
-    fault.record(AREA, "listing gives 500 every time", "HTTP 500 for the listing", "one message with the mend")
+    fault.record(AREA, "listing gives 500 every time", "HTTP 500 for the listing", "one message that says what to do")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_a_model_that_is_not_there_or_not_open_is_said(fetch, hub, fault, status
         fetch(hub.endpoint)
     assert_clear(error, MODEL_ID, said)
     assert hub.requests == []
-    fault.record(AREA, f"listing gives {status}", f"HTTP {status} for the listing", "one message with the mend")
+    fault.record(AREA, f"listing gives {status}", f"HTTP {status} for the listing", "one message that says what to do")
 
 
 def test_a_model_that_vanishes_after_the_first_look_is_said(fetch, hub):
@@ -257,7 +258,7 @@ def test_no_hub_at_all_is_said(fetch, fault):
     with pytest.raises(utils.CourseError) as error:
         fetch(f"http://127.0.0.1:{refused_port()}")
     assert_clear(error, MODEL_ID, "the connection broke off", "Check the network", AGAIN)
-    fault.record(AREA, "no hub there", "an endpoint whose port nobody listens on", "one message with the mend")
+    fault.record(AREA, "no hub there", "an endpoint whose port has no server", "one message that says what to do")
 
 
 def test_a_complete_cache_needs_no_hub(cell, fetch, course, fault):
@@ -346,7 +347,7 @@ def test_what_nobody_foresaw_is_said_in_one_line():
 
 
 def test_a_download_killed_in_the_middle_goes_on_where_it_stopped(fetch, course, hub, fault):
-    """SIGKILL while the last shard stands half on the disk; the rest of it comes from the second run."""
+    """SIGKILL while half of the last shard is on the disk; the rest of it comes from the second run."""
     hub.fail(LAST, "stall", ALWAYS)
     code = f"""
 import os
@@ -408,7 +409,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_byte(fetch, hub, smal
         fetch(hub.endpoint, place / "output")
     assert_clear(error, MODEL_ID, "MiB are still to come", "MiB of disk are free", "COURSE_OUTPUT")
     assert hub.requests == []
-    fault.record(AREA, "disk too small", "a tmpfs a megabyte too small", "said before the first byte, with the mend")
+    fault.record(AREA, "disk too small", "a tmpfs a megabyte too small", "said before the first byte, with what to do")
 
 
 def test_disk_space_is_asked_only_for_what_is_missing(fetch, hub, small_disk):
@@ -455,7 +456,7 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_nothing_is_lost(fetch, hub, 
         AREA,
         "disk full in the middle",
         "a small tmpfs; another program fills it after the check",
-        f"one message with the mend; with room again, complete files are not fetched again; {COMPLETE}",
+        f"one message that says what to do; with room again, complete files are not fetched again; {COMPLETE}",
     )
 
 
@@ -546,7 +547,7 @@ def test_a_listed_path_cannot_leave_the_cache(fetch, course, hub, tmp_path, faul
         f"the listing holds {kind}",
         "an entry whose path leads out of the cache, at once or only in the second listing",
         "refused before the first byte, or left out (`ignore_patterns`); nothing is written outside "
-        "(the client alone writes it there)",
+        "(only the client writes it there)",
     )
 
 

@@ -136,7 +136,7 @@ def test_backwards_then_in_order_then_backwards(right, output, name, fault):
         "notebooks",
         f"{name}: cells backwards, in order, backwards",
         "a real kernel",
-        "each gives its result or one line with the mend; the files are those of a clean run",
+        "each gives its result or one line that says what to do; the files are those of a clean run",
     )
 
 
@@ -243,7 +243,7 @@ def test_a_prompt_changed_after_the_samples_is_refused(right, output, fault):
         "notebooks",
         "04: the system prompt changes after the samples were made",
         "the cell is edited and run again",
-        "refused with the mend before anything is saved",
+        "refused before anything is saved, with what to do",
     )
 
 
@@ -263,7 +263,7 @@ def test_from_another_folder_without_the_startup_file_the_mend_stands_beside_the
         "notebooks",
         "a kernel in another folder, without make lab",
         "another working directory",
-        "the error's line names the mend",
+        "the error's line says what to do",
     )
 
 
@@ -375,7 +375,7 @@ def test_two_writers_of_one_folder_leave_one_whole_result(tmp_path, monkeypatch,
     let_write(first, 4)
     let_write(second, 8)
     assert second.stdout.readline() == "written\n"
-    whole(tmp_path, "b", monkeypatch)  # the other is in the middle, and nobody sees it
+    whole(tmp_path, "b", monkeypatch)  # the other is in the middle, and no reader sees it
     let_write(first, 4)
     assert first.communicate(timeout=60) == ("written\n", "")
     whole(tmp_path, "a", monkeypatch)

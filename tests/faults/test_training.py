@@ -340,7 +340,8 @@ def test_a_disk_that_fills_up_while_training(prepared, small_disk, undisturbed, 
         AREA,
         f"disk full while the {part} of a checkpoint is written",
         "a small tmpfs; another program fills it after the check",
-        f"one message with the mend; the last whole checkpoint is kept; with room again the cell resumes; {EQUAL}",
+        "one message that says what to do; the last whole checkpoint is kept; "
+        f"with room again the cell resumes; {EQUAL}",
     )
 
 
@@ -357,7 +358,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_said_before_training(prepare
         AREA,
         "disk too small for the checkpoints",
         "a tmpfs with room for two of three",
-        "said before training, with the mend",
+        "said before training, with what to do",
     )
 
 
@@ -492,7 +493,7 @@ def test_train_py_killed_ten_times_and_interrupted(prepared, tmp_path, fault):
 
 # -------------------------------------------------------------------------------------------------- SwanLab
 
-KEY = "a-made-up-key-of-nobody"
+KEY = "a-made-up-key"
 
 
 class Cloud:
@@ -575,11 +576,11 @@ def swanlab_cloud(how):
     ("how", "injected", "said"),
     [
         ("silent", "a cloud on 127.0.0.1 that accepts and never answers", "does not answer"),
-        ("refused", "a port nobody listens on", "does not answer"),
+        ("refused", "a port without a server", "does not answer"),
         ("unknown", "a name that resolves to nothing", "does not answer"),
         ("500", "a cloud on 127.0.0.1 that answers HTTP 500", "is in trouble (HTTP 500)"),
         ("wrong key", "a cloud on 127.0.0.1 that answers 401", "asks for a valid SWANLAB_API_KEY"),
-        ("no key", "a cloud on 127.0.0.1, no SWANLAB_API_KEY, nobody to ask", "asks for a valid SWANLAB_API_KEY"),
+        ("no key", "a cloud on 127.0.0.1, no SWANLAB_API_KEY, no front end to ask", "asks for a valid SWANLAB_API_KEY"),
     ],
 )
 def test_swanlab_that_cannot_record_is_noticed_in_five_seconds(

@@ -115,7 +115,7 @@ def entry(path: str, content: bytes) -> dict[str, Any]:
 
 
 def refused_port() -> int:
-    """A port on 127.0.0.1 where nobody listens."""
+    """A port on 127.0.0.1 without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -1,7 +1,7 @@
 """What the course says when something is wrong, read from its code: the texts that docs/troubleshooting.md explains.
 
 A message is the text of an error that is raised, of a notice that is printed, or of an `assert` in a notebook. What is
-put in while it runs stands as `HOLE`: the value of a field, or a part that may be missing.
+put in while it runs is written `HOLE`: the value of a field, or a part that may be missing.
 `python tests/support/messages.py` lists them all.
 """
 
