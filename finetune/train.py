@@ -201,6 +201,14 @@ def require_even_shares(recipe: planner.Recipe, processes: int) -> None:
         )
 
 
+def loaded(options: Options, plan: planner.Plan, folder: Path) -> Any:
+    """The model of a folder, without progress bars."""
+    set_seed(options.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 3: NaN gradients
+    logging.disable_progress_bar()
+    return load_model(folder, plan.recipe.load_in_4bit)
+
+
 def train(options: Options) -> Trainer:
     """Plan, load, attach, train, save: sections 2 to 14 of notebook 05.
 
@@ -221,11 +229,7 @@ def train(options: Options) -> Trainer:
         print(plan.text(), flush=True)
     plan.require_fit()
 
-    set_seed(options.seed)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 3: NaN gradients
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder, plan.recipe.load_in_4bit)
+    model = loaded(options, plan, folder)
     arguments = training_arguments(options, plan, run_folder / "checkpoints", is_small(model.config))
     set_seed(options.seed)
     adapter = lora.lora_config(plan.recipe.lora_rank, plan.recipe.groups)
@@ -245,7 +249,7 @@ def train(options: Options) -> Trainer:
         train_dataset=rows,
         eval_dataset=parts,
         data_collator=PackedRows(),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Progress(), *swanlab_callback(course, recorded)],
     )
     trainer.remove_callback(PrinterCallback)
