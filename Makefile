@@ -109,8 +109,8 @@ lock: setup $(VENV)/linters
 model:
 	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/recipe \
 		&& $(PYTHON) make_tokenizer.py "$$corpus" ../glm4-moe-mini \
-		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini ../../output/pretrained \
-		&& $(PYTHON) chat_tune.py ../../output/pretrained chat ../../output/glm4-moe-mini
+		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini chat heldout ../../output/pretrained --steps 9000 \
+		&& $(PYTHON) chat_tune.py ../../output/pretrained chat heldout ../../output/glm4-moe-mini
 
 clean:
 	rm -rf output $(VENV)

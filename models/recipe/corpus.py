@@ -19,11 +19,13 @@ UNSEEN_WORKS = ("novel_shierlou.txt.xz", "novel_jiumingqiyuan.txt.xz")
 HELDOUT_SHARE = 0.01
 HELDOUT_LEAST_CHARACTERS = 1500
 DOCUMENT_CHARACTERS = 4000
-#: No run of this many characters is on both sides of the split.
+#: No run of this many characters stands on both sides of the split.
 LEAK_WINDOW = 20
 
 #: Dialogue sets whose first exchange is free talk, not a booking or a slogan.
 _FREE_TALK = ("dialog_kdconv.jsonl.xz", "dialog_oasst1_zh.jsonl.xz")
+#: Questions on passages of the encyclopaedia files.
+_READING = ("qa_cmrc2018.jsonl.xz", "qa_drcd.jsonl.xz")
 _SPEECH = re.compile(r"：“([^“”]{2,90})”")
 _ROLE_PROMPTS = ("你是《{}》里的人物。", "请用《{}》里人物的口吻说话。", "请以《{}》里人物的身份回答。")
 _ASSISTANT_PROMPTS = ("你是一个乐于助人的助手。", "你是一个小小的教学模型。", "请简短地回答用户的问题。")
@@ -173,10 +175,10 @@ def load(folder: Path, seed: int = 0) -> Corpus:
             result.train_chats["chat"].append([*system, *messages])
             if path.name in _FREE_TALK and len(messages[1]["content"]) <= 80:
                 result.short_chats.append(messages[:2])
-    # Questions and their passage are in one turn; a passage of the held-out encyclopaedia part must not
+    # Questions and their passage stand in one turn; a passage of the held-out encyclopaedia part must not
     # come back through its questions, so such conversations are left out of training.
     heldout_modern = "".join(result.heldout["modern"])
-    for messages in chats(folder / "qa_cmrc2018.jsonl.xz"):
+    for messages in [one for name in _READING for one in chats(folder / name)]:
         passage = messages[0]["content"]
         if not any(passage[i : i + LEAK_WINDOW] in heldout_modern for i in range(0, len(passage), LEAK_WINDOW)):
             result.train_chats["reading"].append(messages)

@@ -1,8 +1,8 @@
-"""Pre-trains the bundled model on plain text and novel dialogue.
+"""Pre-trains the bundled model on plain text, novel dialogue and our own conversations.
 
-`python pretrain.py CORPUS TOKENIZER_FOLDER OUTPUT [--steps N]`. Writes the weights, `replay.npy` (rows that chat
-tuning mixes in), `heldout.json` (held-out texts, and short public dialogues for chat tuning) and `pretrain.json`
-(sizes, curve, held-out losses).
+`python pretrain.py CORPUS TOKENIZER_FOLDER CHAT_FOLDER HELDOUT_FOLDER OUTPUT [--steps N]`. Writes the weights,
+`replay.npy` (rows that chat tuning mixes in), `heldout.json` (held-out texts, and short public dialogues for chat
+tuning) and `pretrain.json` (sizes, curve, held-out losses).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from chat_tune import hold_out
+from samples import render, sources
 from transformers import AutoTokenizer, Glm4MoeForCausalLM, PreTrainedTokenizerBase
 
 import corpus
@@ -23,7 +25,7 @@ import training
 from training import SEQUENCE, say
 
 #: How often a group is read in one epoch; modern text is scarce, poems are plentiful.
-WEIGHTS = {"novel": 1.0, "poem": 0.4, "modern": 2.0, "speech": 1.0, "chat": 1.0, "reading": 0.5}
+WEIGHTS = {"novel": 1.0, "poem": 0.4, "modern": 2.0, "speech": 1.0, "chat": 1.0, "reading": 0.5, "own": 1.0}
 PEAK_RATE, WARM_SHARE, FLOOR, DECAY = 2e-3, 0.02, 0.02, 0.1
 REPLAY_ROWS = 12_288  # 12.6 M tokens: chat tuning sees none of them twice
 
@@ -63,21 +65,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("chat", type=Path)
+    parser.add_argument("heldout", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=22_000)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--own", type=float, default=2.0, help="how often our own conversations are read in an epoch")
+    parser.add_argument("--modern", type=float, default=2.0, help="how often modern prose is read in an epoch")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    WEIGHTS.update(own=options.own, modern=options.modern)
     data = corpus.load(options.corpus)
+    prose = [path.read_text(encoding="utf-8") for path in sorted((options.chat.parent / "prose").glob("*.txt"))]
+    data.train["modern"] += [piece for text in prose for piece in text.split("\n\n") if piece.strip()]
     plain = {name: [text + "<|endoftext|>" for text in texts] for name, texts in data.train.items()}
     talks = {
         name: [tokenizer.apply_chat_template(c, tokenize=False) + "<|user|>" for c in conversations]
         for name, conversations in data.train_chats.items()
     }
+    found = sources(options.chat, options.heldout)
+    hold_out(found)
+    talks["own"] = [render(tokenizer, sample) for samples in found.values() for sample in samples]
     groups = {name: encode(tokenizer, texts) for name, texts in (plain | talks).items()}
     sizes = {
         name: {"documents": len(texts), "characters": sum(map(len, texts)), "tokens": sum(map(len, groups[name]))}
@@ -86,6 +99,7 @@ def main() -> None:
     say("groups", sizes)
 
     model = training.prepare(Glm4MoeForCausalLM(training.small_config(tokenizer)).to(device))
+    training.add_dropout(model, options.dropout)
     parameters = sum(p.numel() for p in model.parameters())
     say("parameters", parameters, "tokens a step", options.batch * SEQUENCE)
     loss_of = torch.compile(training.summed_loss, dynamic=False) if device == "cuda" else training.summed_loss
@@ -111,22 +125,20 @@ def main() -> None:
             point = {"step": step, "tokens": step * tokens.numel(), "seconds": round(seconds, 1), "loss": loss.item()}
             say(point, "least even layer", min(entropy))
             if step % max(options.steps // 8, 1) == 0:
-                point["heldout_novel"] = training.nats_per_character(
-                    lambda x, y: training.summed_loss(model, x, y), tokenizer, data.heldout["novel"], device
-                )
-                say("held-out novels", point["heldout_novel"])
+                for name in ("novel", "modern"):
+                    point[f"heldout_{name}"] = training.nats_per_character(model, tokenizer, data.heldout[name])
+                say("held-out novels", point["heldout_novel"], "modern", point["heldout_modern"])
                 training.expert_entropy(model)
             curve.append(point)
         if step == options.steps:
             break
     training.expert_entropy(model)
-    heldout = {
-        name: training.nats_per_character(lambda x, y: training.summed_loss(model, x, y), tokenizer, texts, device)
-        for name, texts in data.heldout.items()
-    }
+    heldout = {name: training.nats_per_character(model, tokenizer, texts) for name, texts in data.heldout.items()}
     report = {
         "parameters": parameters,
         "groups": sizes,
+        "dropout": options.dropout,
+        "weights": WEIGHTS,
         "tokens": options.steps * options.batch * SEQUENCE,
         "seconds": round(time.time() - started, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

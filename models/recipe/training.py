@@ -5,9 +5,11 @@ Knows transformers' GLM-4.5 mixture-of-experts class; knows nothing of files.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +28,18 @@ def say(*words: object) -> None:
 
 
 def small_config(tokenizer: PreTrainedTokenizerBase) -> Glm4MoeConfig:
-    """GLM-4.5-Air's layout at 15.9 M parameters: a dense first layer, then routed and shared experts."""
+    """GLM-4.5-Air's layout at 33.1 M parameters: a dense first layer, then routed and shared experts."""
     token = tokenizer.convert_tokens_to_ids
     return Glm4MoeConfig(
         vocab_size=len(tokenizer),
-        hidden_size=320,
-        intermediate_size=1024,
+        hidden_size=384,
+        intermediate_size=1280,
         num_hidden_layers=7,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=64,
         moe_intermediate_size=192,
-        n_routed_experts=8,
+        n_routed_experts=16,
         num_experts_per_tok=2,
         n_shared_experts=1,
         first_k_dense_replace=1,
@@ -48,7 +50,7 @@ def small_config(tokenizer: PreTrainedTokenizerBase) -> Glm4MoeConfig:
         use_qk_norm=False,
         attention_bias=True,
         max_position_embeddings=SEQUENCE,
-        tie_word_embeddings=True,  # untied, the vocabulary would take a third of the 32 MiB
+        tie_word_embeddings=False,
         num_nextn_predict_layers=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         pad_token_id=token("<|endoftext|>"),
@@ -93,6 +95,17 @@ def causal_attention(
 AttentionInterface.register("causal", causal_attention)
 
 
+def add_dropout(model: Glm4MoeForCausalLM, share: float) -> None:
+    """Drop this share of what attention and feed-forward add to the residual stream, while the model trains."""
+
+    def drop(module: nn.Module, _: object, output: Tensor) -> Tensor:
+        return F.dropout(output, share, module.training)
+
+    for layer in model.model.layers if share else ():
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+
+
 def moe_blocks(model: Glm4MoeForCausalLM) -> list[nn.Module]:
     """The layers' mixture-of-experts blocks, the dense first layer left out."""
     return [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
@@ -135,7 +148,7 @@ def balance(model: Glm4MoeForCausalLM, rate: float, before: list[Tensor]) -> Non
 
 def summed_loss(model: Glm4MoeForCausalLM, tokens: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy in nats; `labels` (rows, length) are already shifted to the left by one."""
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = F.linear(hidden, model.lm_head.weight)
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -166,9 +179,7 @@ def cosine(done: float, warm: float, floor: float) -> float:
 
 
 @torch.no_grad()
-def nats_per_character(
-    loss: Callable[[Tensor, Tensor], Tensor], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], device: str
-) -> float:
+def nats_per_character(model: Glm4MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> float:
     """Loss on plain texts, cut in rows of `SEQUENCE` tokens; per character, so that tokenizers compare."""
     ids: list[int] = []
     characters = 0
@@ -177,7 +188,10 @@ def nats_per_character(
         characters += len(text)
     full = len(ids) // SEQUENCE * SEQUENCE
     rows = torch.tensor(ids[:full]).view(-1, SEQUENCE)
-    total = sum(loss(part.to(device), shift(part).to(device)).item() for part in rows.split(32))
+    was_training, device = model.training, model.device
+    model.eval()
+    total = sum(summed_loss(model, part.to(device), shift(part).to(device)).item() for part in rows.split(32))
+    model.train(was_training)
     return total / (characters * full / len(ids))
 
 
@@ -193,3 +207,8 @@ def save(model: Glm4MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     copy.generation_config.pad_token_id = model.config.pad_token_id
     copy.save_pretrained(folder, max_shard_size="15MB")
     tokenizer.save_pretrained(folder)
+    # transformers 5 writes `rope_parameters` only; other engines look for the keys that it had before.
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    old = {name: config["rope_parameters"][name] for name in ("rope_theta", "partial_rotary_factor")}
+    path.write_text(json.dumps(dict(sorted((config | old | {"rope_scaling": None}).items())), indent=2) + "\n", "utf-8")

@@ -1,0 +1,167 @@
+"""Conversations as token ids and labels: what the model must write is learned, everything else is read.
+
+Knows the chat template's tags and the sources of conversations; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dialogue
+from exchanges import generated
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+#: Half of these ask for nothing in particular; a plain conversation opens with one of them now and then.
+SYSTEM_PROMPTS = (
+    "你是一个乐于助人的助手。",
+    "你是一个小小的教学模型。",
+    "请简短地回答用户的问题。",
+    "你是一个友好的人工智能助手，请用中文回答。",
+    "你是一个有用的助手。",
+    "请认真回答。",
+)
+SYSTEM_SHARE = 0.3
+#: How often each source is drawn from.
+SHARES = {
+    "pairs": 0.34,
+    "talks": 0.14,
+    "persons": 0.2,
+    "thoughts": 0.14,
+    "facts": 0.13,
+    "tools": 0.03,
+    "public": 0.02,
+}
+#: The source of a file of written dialogue, by the first word of its name.
+KINDS = {
+    "pairs": "pairs",
+    "words": "pairs",
+    "daily": "talks",
+    "turns": "talks",
+    "people": "persons",
+    "prompts": "persons",
+    "thinking": "thoughts",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    Attributes:
+        messages: roles and contents; an assistant's thought is its `reasoning_content`.
+        tools: JSON schemas of the tools that the system turn lists.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def thinking(self) -> bool:
+        """Whether its last answer opens with a thought, so that it is a sample for thinking on."""
+        return bool(self.messages[-1].get("reasoning_content"))
+
+
+def read_pairs(folder: Path) -> list[Sample]:
+    """Every row of the `*.jsonl` files: `cluster`, `question`, `answer`."""
+    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+    return [Sample(exchange(row["question"], row["answer"])) for row in rows]
+
+
+def exchange(question: str, answer: str) -> list[dict[str, Any]]:
+    """A question and its answer as messages."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def each_thought(messages: list[dict[str, Any]]) -> Iterator[Sample]:
+    """The conversation up to each of its answers with a thought: the template drops thoughts of earlier turns."""
+    for turn, message in enumerate(messages):
+        if message.get("reasoning_content"):
+            yield Sample(messages[: turn + 1])
+
+
+def bare(text: str) -> str:
+    """A question without punctuation and spaces."""
+    return re.sub(r"\W", "", text)
+
+
+def without(found: dict[str, list[Sample]], heldout: Path) -> dict[str, list[Sample]]:
+    """The conversations that hold no opening question of a held-out file; with a person in the prompt, all."""
+    opening = {bare(turn[0][1]) for turn in (talk.turns for p in heldout.glob("*.txt") for talk in dialogue.read(p))}
+
+    def kept(sample: Sample) -> bool:
+        asked = (bare(message["content"]) for message in sample.messages if message["role"] == "user")
+        return sample.messages[0]["role"] == "system" or opening.isdisjoint(asked)
+
+    return {name: list(filter(kept, samples)) for name, samples in found.items()}
+
+
+def sources(folder: Path, heldout: Path) -> dict[str, list[Sample]]:
+    """All conversations of the project by source, without the public ones and what is held out.
+
+    Args:
+        folder: holds `*.jsonl` and `talks/*.txt`.
+        heldout: holds the `*.txt` of questions to test with.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in SHARES if name != "public"}
+    found["pairs"] += read_pairs(folder)
+    for name, messages in dialogue.all_conversations(folder / "talks"):
+        kind = KINDS[name.split("-")[0]]
+        found[kind] += each_thought(messages) if kind == "thoughts" else [Sample(messages)]
+    for item in generated():
+        messages, tools = item["messages"], item.get("tools")
+        if any(message.get("reasoning_content") for message in messages):
+            found["thoughts"] += each_thought(messages)
+        elif tools:
+            found["tools"].append(Sample(messages, tools))
+        else:
+            found["persons" if messages[0]["role"] == "system" else "facts"].append(Sample(messages))
+    return without(found, heldout)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """The conversation as text, with the `<|user|>` that ends its last answer."""
+    text = tokenizer.apply_chat_template(
+        sample.messages, tools=sample.tools, tokenize=False, enable_thinking=sample.thinking
+    )
+    return text + "<|user|>"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int], list[int]]:
+    """Token ids and labels: every answer and the tag that ends it; with thinking on, the last answer only.
+
+    With thinking off the empty think block belongs to the prompt, so it is read and not learned.
+    """
+    ids = tokenizer(render(tokenizer, sample), add_special_tokens=False)["input_ids"]
+    assistant, user, observation, closed = tokenizer.convert_tokens_to_ids(
+        ["<|assistant|>", "<|user|>", "<|observation|>", "</think>"]
+    )
+    labels = [IGNORED] * len(ids)
+    starts = [place for place, token in enumerate(ids) if token == assistant]
+    for start in starts[-1:] if sample.thinking else starts:
+        begin = start + 1 if sample.thinking else ids.index(closed, start) + 1
+        end = next(place for place in range(start + 1, len(ids)) if ids[place] in (user, observation))
+        labels[begin : end + 1] = ids[begin : end + 1]
+    return ids, labels
+
+
+def drawn(found: dict[str, list[Sample]], rng: random.Random) -> Iterator[Sample]:
+    """Samples without end, each source as often as `SHARES` says and each of its samples equally often."""
+    names = [name for name in SHARES if found.get(name)]
+    decks: dict[str, list[Sample]] = {name: [] for name in names}
+    while True:
+        (name,) = rng.choices(names, [SHARES[name] for name in names])
+        if not decks[name]:
+            decks[name] = rng.sample(found[name], len(found[name]))
+        sample = decks[name].pop()
+        plain = sample.messages[0]["role"] != "system" and not sample.tools
+        if plain and rng.random() < SYSTEM_SHARE:
+            opening = {"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}
+            sample = Sample([opening, *sample.messages])
+        yield sample
