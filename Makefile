@@ -105,11 +105,11 @@ translations: setup
 lock: setup $(VENV)/linters
 	@UV="$(CURDIR)/$(BIN)/uv" tools/lock.sh
 
-# Rebuild the bundled model on a GPU: make model CORPUS=folder
+# Make the next bundled model on a GPU (models/recipe/README.md): make model CORPUS=folder
 model:
 	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/recipe \
 		&& $(PYTHON) make_tokenizer.py "$$corpus" ../glm4-moe-mini \
-		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini chat heldout ../../output/pretrained --steps 9000 \
+		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini chat heldout ../../output/pretrained \
 		&& $(PYTHON) chat_tune.py ../../output/pretrained chat heldout ../../output/glm4-moe-mini
 
 clean:

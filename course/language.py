@@ -1,8 +1,9 @@
 """The language of what the course says to a learner: that of the notebook it is said in.
 
-English stands in the code. The standard library's `gettext` takes the Chinese from `locale/zh/LC_MESSAGES/course.mo`,
-which is made from the `course.po` beside it. A text is a literal in its call of `say`, so that Babel finds it
-(`tools/translations.py`); one that is shown later, by `translated`, is the argument of `marked`.
+The code holds the English texts. The standard library's `gettext` takes the Chinese from
+`locale/zh/LC_MESSAGES/course.mo`, which is made from the `course.po` beside it. A text is a literal in its call of
+`say`, so that Babel finds it (`tools/translations.py`); one that is shown later, by `translated`, is the argument of
+`marked`.
 `notebooks/en/glosses.json` holds the English of the Chinese dialogue that the notebooks show.
 """
 

@@ -30,7 +30,7 @@ def course_in(tmp_path, monkeypatch):
 
 
 def test_an_own_persona_is_learned_through_all_notebooks(course_in, tokenizer, monkeypatch):
-    """The tea-house keeper's 30 rows: his own prompt, half of the answers learned by heart, and a report."""
+    """The tea-house keeper's 30 rows: his own prompt, most answers learned by heart, and a report."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -38,7 +38,7 @@ def test_an_own_persona_is_learned_through_all_notebooks(course_in, tokenizer, m
     out = course_in(json.loads((ROOT / "dataset" / "teahouse.json").read_text(encoding="utf-8")))
     prompt = "现在你要扮演陆掌柜，听雨茶馆的主人。"
     monkeypatch.setenv("COURSE_SYSTEM_PROMPT", prompt)
-    monkeypatch.setenv("COURSE_MAX_STEPS", "24")
+    monkeypatch.setenv("COURSE_MAX_STEPS", "40")
     for name in NAMES:
         run_notebook(name, lesson_only=True)
     assert json.loads((out / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"] == prompt
@@ -58,7 +58,7 @@ def test_an_own_persona_is_learned_through_all_notebooks(course_in, tokenizer, m
         )
         tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         right += tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
-    assert right >= 0.5 * len(trained), f"only {right} of {len(trained)} answers learned"
+    assert right >= 0.8 * len(trained), f"only {right} of {len(trained)} answers learned"
 
 
 def test_a_bad_file_stops_before_anything_is_trained(course_in):

@@ -51,7 +51,7 @@ def cell_texts(file: IO[bytes], *_: Any, **__: Any) -> Iterator[tuple[int, None,
 
 
 def template() -> Catalog:
-    """All English texts, with the files in which each stands."""
+    """All English texts, with the files that hold each."""
     made = Catalog(project="course", fuzzy=False)
     for pattern, method in (*((one, "python") for one in PYTHON), ("notebooks/en/*.ipynb", cell_texts)):
         for path in sorted(ROOT.glob(pattern)):

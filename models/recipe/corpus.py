@@ -19,7 +19,7 @@ UNSEEN_WORKS = ("novel_shierlou.txt.xz", "novel_jiumingqiyuan.txt.xz")
 HELDOUT_SHARE = 0.01
 HELDOUT_LEAST_CHARACTERS = 1500
 DOCUMENT_CHARACTERS = 4000
-#: No run of this many characters stands on both sides of the split.
+#: No run of this many characters is on both sides of the split.
 LEAK_WINDOW = 20
 
 #: Dialogue sets whose first exchange is free talk, not a booking or a slogan.
@@ -175,7 +175,7 @@ def load(folder: Path, seed: int = 0) -> Corpus:
             result.train_chats["chat"].append([*system, *messages])
             if path.name in _FREE_TALK and len(messages[1]["content"]) <= 80:
                 result.short_chats.append(messages[:2])
-    # Questions and their passage stand in one turn; a passage of the held-out encyclopaedia part must not
+    # Questions and their passage are in one turn; a passage of the held-out encyclopaedia part must not
     # come back through its questions, so such conversations are left out of training.
     heldout_modern = "".join(result.heldout["modern"])
     for messages in [one for name in _READING for one in chats(folder / name)]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import headless
@@ -21,13 +22,22 @@ def lesson(name: str) -> nbformat.NotebookNode:
     return notebook
 
 
-def run_notebook(name: str, lesson_only: bool = False, **environment: str) -> None:
+def run_notebook(
+    name: str, lesson_only: bool = False, added: Mapping[str, str] | None = None, **environment: str
+) -> None:
     """Run it from top to bottom in a fresh kernel.
+
+    Args:
+        lesson_only: without the exercises.
+        added: cells that a learner could add, each behind the cell with this id.
 
     Raises:
         CellExecutionError: a cell failed.
     """
     notebook = lesson(name) if lesson_only else nbformat.read(EN / f"{name}.ipynb", as_version=4)
+    for after, source in (added or {}).items():
+        number = [cell.id for cell in notebook.cells].index(after)
+        notebook.cells.insert(number + 1, nbformat.v4.new_code_cell(source))
     place = {"metadata": {"path": str(EN)}}
     client = NotebookClient(notebook, timeout=300, resources=place, kernel_manager_class=headless.Manager)
     client.execute(env=os.environ | environment)
