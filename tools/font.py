@@ -21,10 +21,12 @@ NOTO_SC = 2  # its place in the collection
 
 
 def written() -> set[str]:
-    """Every character in the project's own texts; the model's vocabulary is none."""
+    """Every character in the project's own texts; the vocabulary and training text of the model are never plotted."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, check=True).stdout
     paths = [ROOT / name for name in listed.decode().split("\0") if name.endswith(TEXTS)]
-    return set("".join(path.read_text(encoding="utf-8") for path in paths if "glm4-moe-mini" not in path.parts))
+    return set(
+        "".join(path.read_text(encoding="utf-8") for path in paths if "models" not in path.relative_to(ROOT).parts)
+    )
 
 
 def common() -> set[str]:
