@@ -13,6 +13,7 @@ from typing import Any
 
 import exchange_facts
 import exchange_persons
+import exchange_profiles
 import exchange_sums
 import exchange_tools
 
@@ -53,6 +54,7 @@ def generated(seed: int = 0) -> list[dict[str, Any]]:
         *exchange_facts.manners(rng, 600),
         *exchange_sums.exchanges(rng),
         *exchange_persons.persons(rng, 3400),
+        *exchange_profiles.profiles(rng, 9000),
         *exchange_tools.exchanges(rng),
     ]
     written = written_questions()
