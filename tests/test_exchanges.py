@@ -105,7 +105,7 @@ def test_answers_are_short_and_thoughts_too(made):
     for item in made:
         for message in item["messages"]:
             if message["role"] == "assistant" and "tool_calls" not in message:
-                least = 2 if item["topic"] == "form-brief" else 8
+                least = 2 if item["topic"] == "form-brief" else 4 if item["topic"].startswith("profile") else 8
                 assert least <= len(message["content"]) <= 45, (item["topic"], message["content"])
             if "reasoning_content" in message:
                 assert 10 <= len(message["reasoning_content"]) <= 50, message
@@ -127,6 +127,33 @@ def test_no_question_of_the_written_pairs_is_answered_anew(made):
         written |= {re.sub(r"[\W_]+", "", json.loads(row)["question"]) for row in rows}
     plain = [i for i in made if "tools" not in i and i["messages"][0]["role"] == "user"]
     assert not written & {re.sub(r"[\W_]+", "", said(item, "user")[0]) for item in plain}
+
+
+#: What the context states of somebody, and how it is asked for.
+STATED = {
+    r"叫(\w+?)的狗": r"狗叫",
+    r"叫(\w+?)的猫": r"猫叫",
+    r"有一条叫(\w+?)的船": r"船叫",
+    r"今年(\w+?)岁": r"多大|几岁",
+    r"每天([^，。]+?)起床": r"几点起",
+    r"师父叫(\w+)": r"师父|跟谁学",
+    r"随身带着一(\w+)": r"身上带|随身",
+}
+
+
+def test_profiles_are_answered_with_what_the_context_states(made):
+    checked, names = 0, set()
+    for item in (item for item in made if item["topic"].startswith("profile")):
+        first = item["messages"][0]["content"]
+        for question, answer in zip(said(item, "user"), said(item, "assistant"), strict=True):
+            for stated, how in STATED.items():
+                found = re.findall(stated, first)
+                if len(found) == 1 and question != first and re.search(how, question):
+                    assert found[0] in answer, item
+                    names.add(found[0])
+                    checked += 1
+    assert checked > 1_000
+    assert len(names) > 400
 
 
 def test_every_sum_is_right(made):

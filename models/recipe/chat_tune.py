@@ -18,15 +18,14 @@ from typing import Any
 import dialogue
 import numpy as np
 import torch
-from samples import IGNORED, Sample, drawn, encode, sources
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from samples import IGNORED, Row, Sample, drawn, encoded, openings, sources
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training
 from training import SEQUENCE, say
 
-LENGTH = 256  # longer conversations, those with tools, go into rows of SEQUENCE tokens
-CHAT_ROWS, LONG_ROWS = 128, 4
+LENGTH = 128  # longer conversations, nearly all of them with tools, go into rows of SEQUENCE tokens
+CHAT_ROWS, LONG_ROWS = 256, 4
 DECAY = 0.1
 #: Every fiftieth conversation of each source is kept out, to stop by: another wording, another person, other numbers.
 HELDOUT_EVERY = 50
@@ -42,49 +41,41 @@ def hold_out(found: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
     return heldout
 
 
-def pad(rows: list[tuple[list[int], list[int]]], filler: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: list[Row], filler: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and left-shifted labels, both (rows, length), padded on the right or cut."""
-    tokens = torch.full((len(rows), length), filler)
-    labels = torch.full((len(rows), length), IGNORED)
-    for row, (ids, targets) in enumerate(rows):
-        ids, targets = ids[:length], targets[: length + 1]
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        labels[row, : len(targets) - 1] = torch.tensor(targets[1:])
-    return tokens, labels
+    tokens = np.full((len(rows), length), filler)
+    labels = np.full((len(rows), length), IGNORED)
+    for place, row in enumerate(rows):
+        ids, targets = row.ids[:length], row.labels[1 : length + 1]
+        tokens[place, : len(ids)] = ids
+        labels[place, : len(targets)] = targets
+    return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-class Batches(IterableDataset):
-    """What a step reads: short conversations, and rows of conversations with tools and of pre-training text.
+def batches(
+    rows: dict[str, list[Row]], turns: list[np.ndarray], filler: int, replay: np.ndarray, replay_rows: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """What each step reads: short conversations, and rows of conversations with tools and of pre-training text.
 
-    Each item is tokens and labels of (`CHAT_ROWS`, `LENGTH`), then tokens and labels of (`LONG_ROWS` + `replay_rows`,
-    `SEQUENCE`). Several workers make them side by side, because rendering takes longer than a step.
+    Yields tokens and labels of (`CHAT_ROWS`, `LENGTH`), then tokens and labels of (`LONG_ROWS` + `replay_rows`,
+    `SEQUENCE`).
     """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, found: dict[str, list[Sample]], replay: np.ndarray, replay_rows: int
-    ) -> None:
-        super().__init__()
-        self.tokenizer, self.found, self.replay, self.replay_rows = tokenizer, found, replay, replay_rows
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream, long = drawn(self.found, random.Random(number)), []
-        parts = np.array_split(self.replay, len(self.replay) // self.replay_rows)[number::workers]
-        for part in itertools.cycle(parts):
-            rows: list[tuple[list[int], list[int]]] = []
-            while len(rows) < CHAT_ROWS:
-                one = encode(self.tokenizer, next(stream))
-                if len(one[0]) <= LENGTH:
-                    rows.append(one)
-                elif len(long) < 4 * LONG_ROWS:
-                    long.append(one)
-            chosen, long = long[:LONG_ROWS], long[LONG_ROWS:]
-            chosen += [([], [IGNORED])] * (LONG_ROWS - len(chosen))
-            tokens, labels = pad(chosen, self.tokenizer.pad_token_id, SEQUENCE)
-            text = torch.from_numpy(part[: self.replay_rows].astype(np.int64))
-            both = torch.cat([tokens, text]), torch.cat([labels, training.shift(text)])
-            yield *pad(rows, self.tokenizer.pad_token_id, LENGTH), *both
+    stream, long = drawn(rows, turns, random.Random(0)), []
+    for part in itertools.cycle(np.array_split(replay, len(replay) // replay_rows)):
+        short: list[Row] = []
+        while len(short) < CHAT_ROWS:
+            row = next(stream)
+            if len(row.ids) <= LENGTH:
+                short.append(row)
+            elif len(long) < 4 * LONG_ROWS:
+                long.append(row)
+        chosen, long = long[:LONG_ROWS], long[LONG_ROWS:]
+        tokens = torch.full((LONG_ROWS, SEQUENCE), filler)
+        labels = torch.full((LONG_ROWS, SEQUENCE), IGNORED)
+        tokens[: len(chosen)], labels[: len(chosen)] = pad(chosen, filler, SEQUENCE)
+        text = torch.from_numpy(part[:replay_rows].astype(np.int64))
+        both = torch.cat([tokens, text]), torch.cat([labels, training.shift(text)])
+        yield *pad(short, filler, LENGTH), *both
 
 
 def messages_of(path: Path) -> list[list[dict[str, Any]]]:
@@ -135,17 +126,16 @@ def answer_heldout(folder: Path, heldout: Path) -> dict[str, list[dict[str, Any]
     return found
 
 
-def losses_by_source(model: Any, tokenizer: Any, heldout: dict[str, list[Sample]], device: str) -> dict[str, float]:
+def losses_by_source(model: Any, heldout: dict[str, list[Row]]) -> dict[str, float]:
     """Nats a token on what the held-out conversations of each source teach."""
-    result, was_training = {}, model.training
+    result, was_training, device = {}, model.training, model.device
     model.eval()
-    for name, samples in heldout.items():
+    for name, rows in heldout.items():
         total = count = 0.0
         with torch.no_grad():
-            for start in range(0, len(samples), 64):
-                tokens, labels = pad(
-                    [encode(tokenizer, one) for one in samples[start : start + 64]], tokenizer.pad_token_id, SEQUENCE
-                )
+            for start in range(0, len(rows), 256):
+                part = rows[start : start + 256]
+                tokens, labels = pad(part, model.config.pad_token_id, max(len(row.ids) for row in part))
                 total += training.summed_loss(model, tokens.to(device), labels.to(device)).item()
                 count += (labels != IGNORED).sum().item()
         result[name] = round(total / max(count, 1), 4)
@@ -154,14 +144,13 @@ def losses_by_source(model: Any, tokenizer: Any, heldout: dict[str, list[Sample]
 
 
 def tune(
-    model: Any, tokenizer: Any, batches: Batches, heldout: dict[str, list[Sample]], options: Any
+    model: Any, steps: Iterator[tuple[torch.Tensor, ...]], heldout: dict[str, list[Row]], options: Any
 ) -> Iterator[dict[str, Any]]:
     """Train in place; yields a point of the curve now and then."""
     device = model.device.type
     loss_of = torch.compile(training.summed_loss, dynamic=False) if device == "cuda" else training.summed_loss
     optimizer = training.optimizer(model, options.rate, DECAY)
-    loader = DataLoader(batches, batch_size=None, num_workers=options.workers)
-    for step, (tokens, labels, long_tokens, long_labels) in enumerate(loader, start=1):
+    for step, (tokens, labels, long_tokens, long_labels) in enumerate(steps, start=1):
         for group in optimizer.param_groups:
             group["lr"] = options.rate * training.cosine(step / options.steps, 0.05, 0.0)
         loss = loss_of(model, tokens.to(device), labels.to(device)) / (labels != IGNORED).sum()
@@ -173,7 +162,7 @@ def tune(
         optimizer.zero_grad(set_to_none=True)
         if step % max(options.steps // 6, 1) == 0 or step == options.steps:
             point = {"step": step, "chat": loss.item(), "rows": again.item()}
-            point["heldout"] = losses_by_source(model, tokenizer, heldout, device)
+            point["heldout"] = losses_by_source(model, heldout)
             say(point)
             yield point
         if step == options.steps:
@@ -187,11 +176,10 @@ def main() -> None:
     parser.add_argument("chat", type=Path)
     parser.add_argument("heldout", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--replay", type=int, default=12, help="rows of pre-training text a step; each is seen once")
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--replay", type=int, default=16, help="rows of pre-training text a step; each is seen once")
+    parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--replay-weight", type=float, default=1.0)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,13 +193,13 @@ def main() -> None:
     found = sources(options.chat, options.heldout)
     counts = {name: len(samples) for name, samples in found.items()}
     held = json.loads((options.pretrained / "heldout.json").read_text(encoding="utf-8"))
-    heldout = hold_out(found)
+    heldout = encoded(tokenizer, hold_out(found))
     found["public"] = [Sample(messages) for messages in held["public_chats"]]
     replay = np.load(options.pretrained / "replay.npy")
-    batches = Batches(tokenizer, found, replay, options.replay)
     say("conversations", counts)
-    curve = [{"step": 0, "heldout": losses_by_source(model, tokenizer, heldout, device)}]
-    curve += tune(model, tokenizer, batches, heldout, options)
+    steps = batches(encoded(tokenizer, found), openings(tokenizer), tokenizer.pad_token_id, replay, options.replay)
+    curve = [{"step": 0, "heldout": losses_by_source(model, heldout)}]
+    curve += tune(model, steps, heldout, options)
     model.eval()
     training.expert_entropy(model)
     texts = {name: training.nats_per_character(model, tokenizer, texts) for name, texts in held["texts"].items()}

@@ -10,6 +10,7 @@ import lzma
 import random
 import re
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 Messages = list[dict[str, str]]
@@ -101,15 +102,22 @@ def speeches(text: str, work: str, rng: random.Random) -> list[Messages]:
     return conversations
 
 
+def _look_for(windows: set[str]) -> None:
+    """Keep the windows in this process of `drop_leaks`."""
+    globals()["_windows"] = windows
+
+
+def _seen(text: str) -> set[str]:
+    """The windows that this text holds."""
+    windows = globals()["_windows"]
+    return {piece for i in range(len(text) - LEAK_WINDOW + 1) if (piece := text[i : i + LEAK_WINDOW]) in windows}
+
+
 def drop_leaks(heldout: list[str], train: list[str]) -> list[str]:
     """The held-out texts without every line that shares `LEAK_WINDOW` characters with a training text."""
     windows = {text[i : i + LEAK_WINDOW] for text in heldout for i in range(len(text) - LEAK_WINDOW + 1)}
-    leaked: set[str] = set()
-    for text in train:
-        for i in range(len(text) - LEAK_WINDOW + 1):
-            window = text[i : i + LEAK_WINDOW]
-            if window in windows:
-                leaked.add(window)
+    with get_context("fork").Pool(initializer=_look_for, initargs=(windows,)) as pool:
+        leaked = set().union(*pool.imap_unordered(_seen, train, chunksize=256))
     clean = []
     for text in heldout:
         bad = bytearray(len(text))

@@ -10,10 +10,12 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import dialogue
+import numpy as np
 from exchanges import generated
 from transformers import PreTrainedTokenizerBase
 
@@ -151,17 +153,56 @@ def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int
     return ids, labels
 
 
-def drawn(found: dict[str, list[Sample]], rng: random.Random) -> Iterator[Sample]:
-    """Samples without end, each source as often as `SHARES` says and each of its samples equally often."""
+@dataclass(frozen=True)
+class Row:
+    """A sample as token ids and labels; `plain` if it has neither system prompt nor tools."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    plain: bool
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, found: dict[str, list[Sample]]) -> dict[str, list[Row]]:
+    """Every sample as a row, made by all processors side by side."""
+    with get_context("fork").Pool(initializer=_use, initargs=(tokenizer,)) as pool:
+        return {name: pool.map(_row, samples, chunksize=256) for name, samples in found.items()}
+
+
+def _use(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the tokenizer in this process of `encoded`."""
+    globals()["_tokenizer"] = tokenizer
+
+
+def _row(sample: Sample) -> Row:
+    ids, labels = encode(globals()["_tokenizer"], sample)
+    plain = sample.messages[0]["role"] != "system" and not sample.tools
+    return Row(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), plain)
+
+
+def openings(tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """The token ids of a system turn with each of `SYSTEM_PROMPTS`."""
+    texts = [f"<|system|>\n{prompt}" for prompt in SYSTEM_PROMPTS]
+    return [np.array(ids, dtype=np.int32) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def opened(row: Row, opening: np.ndarray) -> Row:
+    """The plain row with a system turn behind the two tokens that open every conversation."""
+    ids = np.concatenate([row.ids[:2], opening, row.ids[2:]])
+    labels = np.concatenate([row.labels[:2], np.full_like(opening, IGNORED), row.labels[2:]])
+    return Row(ids, labels, plain=False)
+
+
+def drawn(found: dict[str, list[Row]], turns: list[np.ndarray], rng: random.Random) -> Iterator[Row]:
+    """Rows without end, each source as often as `SHARES` says and each of its rows equally often.
+
+    Args:
+        turns: the system turns that a plain row gets now and then (`openings`).
+    """
     names = [name for name in SHARES if found.get(name)]
-    decks: dict[str, list[Sample]] = {name: [] for name in names}
+    decks: dict[str, list[Row]] = {name: [] for name in names}
     while True:
         (name,) = rng.choices(names, [SHARES[name] for name in names])
         if not decks[name]:
             decks[name] = rng.sample(found[name], len(found[name]))
-        sample = decks[name].pop()
-        plain = sample.messages[0]["role"] != "system" and not sample.tools
-        if plain and rng.random() < SYSTEM_SHARE:
-            opening = {"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}
-            sample = Sample([opening, *sample.messages])
-        yield sample
+        row = decks[name].pop()
+        yield opened(row, rng.choice(turns)) if row.plain and rng.random() < SYSTEM_SHARE else row
