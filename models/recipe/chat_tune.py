@@ -111,19 +111,23 @@ def written(
     return result
 
 
-def answer_heldout(folder: Path, heldout: Path) -> dict[str, list[dict[str, Any]]]:
-    """The model's answers to every held-out file: the last user's turn, after the answers that the file gives."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def answer_heldout(folder: Path, heldout: Path) -> list[dict[str, Any]]:
+    """The model's answers to every held-out file: the last user's turn, after the answers that the file gives.
+
+    The rows have the form that `tools/judging.py` reads.
+    """
+    rows: list[dict[str, Any]] = []
     for name in ("everyday", "everyday_turns", "system_persons", "thinking"):
         talks = messages_of(heldout / f"{name}.txt")
         asked = [[m for m in talk[:-1] if m.get("content")] for talk in talks]
         answers = written(folder, asked, thinking=name == "thinking")
-        found[name] = [
-            {"asked": one, "reference": talk[-1], "answer": answer, "ended": ended}
-            for one, talk, (answer, ended) in zip(asked, talks, answers, strict=True)
+        new = [
+            {"set": name, "author": "assistant", "asked": one, "reference": talk[-1], "answer": said, "ended": ended}
+            for one, talk, (said, ended) in zip(asked, talks, answers, strict=True)
         ]
-        say(name, "ended by itself", sum(one["ended"] for one in found[name]), "of", len(found[name]))
-    return found
+        say(name, "ended by itself", sum(row["ended"] for row in new), "of", len(new))
+        rows += new
+    return rows
 
 
 def losses_by_source(model: Any, heldout: dict[str, list[Row]]) -> dict[str, float]:
@@ -207,7 +211,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     training.save(model, tokenizer, str(options.output))
     answers = answer_heldout(options.output, options.heldout)
-    everything = [one["ended"] for part in answers.values() for one in part]
+    ended = [row["ended"] for row in answers]
     report = {
         "conversations": counts | {"public": len(found["public"])},
         "kept_out": {name: len(samples) for name, samples in heldout.items()},
@@ -218,7 +222,7 @@ def main() -> None:
         "curve": curve,
         "heldout_nats_per_character": texts,
         "heldout_expert_entropy": entropy,
-        "stops_by_itself": sum(everything) / len(everything),
+        "stops_by_itself": sum(ended) / len(ended),
     }
     for name, value in {"chat_tune": report, "answers": answers}.items():
         path = options.output / f"{name}.json"
