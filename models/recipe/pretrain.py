@@ -151,7 +151,8 @@ def main() -> None:
     say(heldout, report["heldout_expert_entropy"])
     options.output.mkdir(parents=True, exist_ok=True)
     training.save(model, tokenizer, str(options.output))
-    np.save(options.output / "replay.npy", rows(groups, random.Random(1))[:REPLAY_ROWS])
+    others = {name: texts for name, texts in groups.items() if name != "own"}  # those come as conversations
+    np.save(options.output / "replay.npy", rows(others, random.Random(1))[:REPLAY_ROWS])
     held = {"texts": data.heldout, "public_chats": data.short_chats}
     (options.output / "heldout.json").write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
     (options.output / "pretrain.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -32,11 +32,11 @@ SYSTEM_PROMPTS = (
 SYSTEM_SHARE = 0.3
 #: How often each source is drawn from.
 SHARES = {
-    "pairs": 0.34,
-    "talks": 0.14,
-    "persons": 0.2,
-    "thoughts": 0.14,
-    "facts": 0.13,
+    "pairs": 0.4,
+    "talks": 0.12,
+    "persons": 0.19,
+    "thoughts": 0.12,
+    "facts": 0.12,
     "tools": 0.03,
     "public": 0.02,
 }
