@@ -147,6 +147,7 @@ def test_script_and_notebook_train_the_same(both_ways):
             [row[f"eval_{name}_loss"] for row in history(out) if f"eval_{name}_loss" in row] for out in both_ways
         ]
         assert len(held_out[0]) == 2 and held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+        assert held_out[0][1] < 0.9 * held_out[0][0]
     rates = [{row["step"]: row["learning_rate"] for row in history(out) if "loss" in row} for out in both_ways]
     assert rates[0] == rates[1]
     # Measured: 5e-6. AdamW divides by the gradient's size, so rounding grows with every step; a step on other rows, or

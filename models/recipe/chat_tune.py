@@ -27,12 +27,12 @@ from training import SEQUENCE, say
 LENGTH = 128  # longer conversations, nearly all of them with tools, go into rows of SEQUENCE tokens
 CHAT_ROWS, LONG_ROWS = 256, 4
 DECAY = 0.1
-#: Every fiftieth conversation of each source is kept out, to stop by: another wording, another person, other numbers.
+#: One conversation in so many of each source is kept out, to stop by: another wording, another person, other numbers.
 HELDOUT_EVERY = 50
 
 
 def hold_out(found: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
-    """Take every `HELDOUT_EVERY`-th conversation out of each source, and return those."""
+    """Take one conversation in `HELDOUT_EVERY`, drawn at random, out of each source, and return those."""
     rng, heldout = random.Random(0), {}
     for name, samples in found.items():
         chosen = set(rng.sample(range(len(samples)), len(samples) // HELDOUT_EVERY))
@@ -139,7 +139,7 @@ def losses_by_source(model: Any, heldout: dict[str, list[Row]]) -> dict[str, flo
         with torch.no_grad():
             for start in range(0, len(rows), 256):
                 part = rows[start : start + 256]
-                tokens, labels = pad(part, model.config.pad_token_id, max(len(row.ids) for row in part))
+                tokens, labels = pad(part, model.config.pad_token_id, min(max(len(row.ids) for row in part), SEQUENCE))
                 total += training.summed_loss(model, tokens.to(device), labels.to(device)).item()
                 count += (labels != IGNORED).sum().item()
         result[name] = round(total / max(count, 1), 4)

@@ -230,24 +230,19 @@ def single_number(rng: random.Random) -> tuple[str, str, str]:
     kind = rng.randrange(6)
     if kind > 3:
         return doubled(rng, half=kind == 5)
-    if kind == 0:
+    if kind < 2:
+        side, size, way, found = (("后", "大", "下", after), ("前", "小", "上", before))[kind]
         question = rng.choice(
-            ("{}后面是几？", "数数的时候，{}之后是多少？", "比{}大一的数是几？", "{}的下一个数是什么？")
-        ).format(n)
-        return (
-            question,
-            rng.choice((f"{n}后面是{after}。", f"{n}的下一个数是{after}。", f"数完{n}就是{after}。")),
-            f"数数往后一个，{n}之后是{after}。",
+            (
+                f"{n}{side}面是几？",
+                f"数数的时候，{n}之{side}是多少？",
+                f"比{n}{size}一的数是几？",
+                f"{n}的{way}一个数是什么？",
+            )
         )
-    if kind == 1:
-        question = rng.choice(
-            ("{}前面是几？", "数数的时候，{}之前是多少？", "比{}小一的数是几？", "{}的上一个数是什么？")
-        ).format(n)
-        return (
-            question,
-            rng.choice((f"{n}前面是{before}。", f"{n}的上一个数是{before}。", f"比{n}小一的数是{before}。")),
-            f"数数往前一个，{n}之前是{before}。",
-        )
+        last = f"数完{n}就是{found}。" if kind == 0 else f"比{n}小一的数是{found}。"
+        answer = rng.choice((f"{n}{side}面是{found}。", f"{n}的{way}一个数是{found}。", last))
+        return question, answer, f"数数往{side}一个，{n}之{side}是{found}。"
     if kind == 2:
         parity, digit = "双数" if number % 2 == 0 else "单数", DIGITS[number % 10]
         question = rng.choice(("{}是单数还是双数？", "{}是双数吗？", "{}是单数吗？", "请问{}算单数还是双数？")).format(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,11 +15,11 @@ from typing import Any
 
 import dialogue
 import numpy as np
-from exchanges import generated
+from exchanges import bare, generated
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-#: Half of these ask for nothing in particular; a plain conversation opens with one of them now and then.
+#: A plain conversation opens with one of these now and then.
 SYSTEM_PROMPTS = (
     "你是一个乐于助人的助手。",
     "你是一个小小的教学模型。",
@@ -86,11 +85,6 @@ def each_thought(messages: list[dict[str, Any]]) -> Iterator[Sample]:
     for turn, message in enumerate(messages):
         if message.get("reasoning_content"):
             yield Sample(messages[: turn + 1])
-
-
-def bare(text: str) -> str:
-    """A question without punctuation and spaces."""
-    return re.sub(r"\W", "", text)
 
 
 def without(found: dict[str, list[Sample]], heldout: Path) -> dict[str, list[Sample]]:
