@@ -108,8 +108,8 @@ lock: setup $(VENV)/linters
 # Make the next bundled model on a GPU (models/recipe/README.md): make model CORPUS=folder
 model:
 	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/recipe \
-		&& $(PYTHON) make_tokenizer.py "$$corpus" ../glm4-moe-mini \
-		&& $(PYTHON) pretrain.py "$$corpus" ../glm4-moe-mini chat heldout ../../output/pretrained \
+		&& $(PYTHON) make_tokenizer.py "$$corpus" chat heldout ../glm4-moe-mini/chat_template.jinja ../../output/tokenizer \
+		&& $(PYTHON) pretrain.py "$$corpus" ../../output/tokenizer chat heldout ../../output/pretrained \
 		&& $(PYTHON) chat_tune.py ../../output/pretrained chat heldout ../../output/glm4-moe-mini
 
 clean:

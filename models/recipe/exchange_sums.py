@@ -123,7 +123,7 @@ DIGIT_ANSWERS = (
 
 
 #: Of the sums, so many stay small enough to be learned by heart: numbers to ten, and the table of nine times nine.
-SMALL_SHARE = 0.6
+SMALL_SHARE = 0.8
 
 
 def some_sum(rng: random.Random) -> Sum:
@@ -200,8 +200,8 @@ def stories(rng: random.Random, count: int) -> list[dict[str, Any]]:
     while len(result) < count:
         measure, thing, get, lose = rng.choice(THINGS)
         name, more = rng.choice(NAMES), rng.random() < 0.5
-        left = rng.randint(3, 30)
-        one = Sum(left, "加", rng.randint(1, 15)) if more else Sum(left, "减", rng.randint(1, left - 1))
+        left = rng.randint(3, 20)
+        one = Sum(left, "加", rng.randint(1, 10)) if more else Sum(left, "减", rng.randint(1, left - 1))
         a, b, r = (counted(n) + measure for n in (one.left, one.right, one.result))
         verb = get if more else lose
         end = rng.choice(
@@ -225,7 +225,7 @@ def stories(rng: random.Random, count: int) -> list[dict[str, Any]]:
 
 def single_number(rng: random.Random) -> tuple[str, str, str]:
     """A question about one number, its answer and a thought."""
-    number = rng.randint(2, 98)
+    number = rng.randint(2, 20 if rng.random() < SMALL_SHARE else 98)
     n, after, before = numeral(number), numeral(number + 1), numeral(number - 1)
     kind = rng.randrange(6)
     if kind > 3:
@@ -305,7 +305,7 @@ def compared(rng: random.Random, count: int, thinking: bool = False) -> list[dic
     """Which of two or three numbers is bigger or smaller."""
     result = []
     while len(result) < count:
-        chosen = rng.sample(range(1, 101), rng.choice((2, 2, 3)))
+        chosen = rng.sample(range(1, 21 if rng.random() < SMALL_SHARE else 101), rng.choice((2, 2, 3)))
         big = rng.random() < 0.5
         best = numeral(max(chosen) if big else min(chosen))
         word, names = "大" if big else "小", [numeral(n) for n in chosen]
@@ -357,13 +357,13 @@ def rows(rng: random.Random, count: int) -> list[dict[str, Any]]:
 def exchanges(rng: random.Random) -> list[dict[str, Any]]:
     """Everything about numbers."""
     return [
-        *sums(rng, 1100),
-        *sums(rng, 500, thinking=True),
+        *sums(rng, 2200),
+        *sums(rng, 1000, thinking=True),
         *carried(rng, 500),
-        *stories(rng, 450),
+        *stories(rng, 1000),
         *numbers(rng, 500),
         *numbers(rng, 120, thinking=True),
         *compared(rng, 350),
-        *compared(rng, 120, thinking=True),
+        *compared(rng, 250, thinking=True),
         *rows(rng, 150),
     ]

@@ -54,7 +54,7 @@ def generated(seed: int = 0) -> list[dict[str, Any]]:
         *exchange_facts.manners(rng, 600),
         *exchange_sums.exchanges(rng),
         *exchange_persons.persons(rng, 3400),
-        *exchange_profiles.profiles(rng, 9000),
+        *exchange_profiles.profiles(rng, 24_000),
         *exchange_tools.exchanges(rng),
     ]
     written = written_questions()

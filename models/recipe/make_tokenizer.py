@@ -1,16 +1,19 @@
-"""Trains the byte-level BPE tokenizer of the bundled model and writes it beside the chat template.
+"""Trains the byte-level BPE tokenizer of the bundled model.
 
-`python make_tokenizer.py CORPUS MODEL_FOLDER`. Knows which tokens GLM-4.5-Air adds and in which order.
+`python make_tokenizer.py CORPUS CHAT_FOLDER HELDOUT_FOLDER CHAT_TEMPLATE OUTPUT`. Knows which tokens GLM-4.5-Air adds
+and in which order.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from samples import sources
 from transformers import PreTrainedTokenizerFast
 
 import corpus
@@ -28,10 +31,17 @@ NOT_SPECIAL = set(ADDED[ADDED.index("<think>") : ADDED.index("/nothink")])
 #: Runs of Chinese characters, Latin words, single digits, punctuation and white space are merged apart.
 PIECES = Regex(r"\p{Han}+|[A-Za-z]+| ?\p{N}|\p{P}|\n+|\s+|[^\s\p{Han}\p{P}\p{N}A-Za-z]+")
 #: Share of the lines of a group that the trainer sees; modern text is seen twice, it is scarce.
-SHARES = {"novel": 0.25, "poem": 0.08, "modern": 2.0, "dialog": 2.0}
+SHARES = {"novel": 0.25, "poem": 0.08, "modern": 2.0}
 
 
-def lines(folder: Path) -> Iterator[str]:
+def conversation_lines(chat: Path, heldout: Path) -> Iterator[str]:
+    """Every message of our own conversations."""
+    for samples in sources(chat, heldout).values():
+        for sample in samples:
+            yield from (message["content"] for message in sample.messages if message.get("content"))
+
+
+def corpus_lines(folder: Path) -> Iterator[str]:
     """The sampled lines of every text file of the corpus, held-out parts left out."""
     rng = random.Random(0)
     for path in sorted(folder.glob("*.txt.xz")):
@@ -44,7 +54,7 @@ def lines(folder: Path) -> Iterator[str]:
                 yield line
 
 
-def train(folder: Path) -> PreTrainedTokenizerFast:
+def train(lines: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of `VOCABULARY` tokens, the added ones at its end."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,7 +71,7 @@ def train(folder: Path) -> PreTrainedTokenizerFast:
         max_token_length=12,  # bytes: four Chinese characters
         show_progress=False,
     )
-    tokenizer.train_from_iterator(lines(folder), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_tokens([AddedToken(t, special=t not in NOT_SPECIAL, normalized=False) for t in ADDED])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -73,11 +83,19 @@ def train(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def main() -> None:
+    """Train the tokenizer, give it the chat template, and save both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("corpus", "chat", "heldout", "template", "output"):
+        parser.add_argument(name, type=Path)
+    options = parser.parse_args()
+    tokenizer = train(chain(corpus_lines(options.corpus), conversation_lines(options.chat, options.heldout)))
+    tokenizer.chat_template = options.template.read_text(encoding="utf-8")
+    tokenizer.save_pretrained(options.output)
+    sample = corpus.read(options.corpus / "novel_hongloumeng.txt.xz")[:200_000]
+    ids = tokenizer(sample, verbose=False)["input_ids"]
+    print(f"{len(tokenizer)} tokens, {len(sample) / len(ids):.2f} characters a token")
+
+
 if __name__ == "__main__":
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
-    tokenizer = train(source)
-    template = target / "chat_template.jinja"
-    tokenizer.chat_template = template.read_text(encoding="utf-8")
-    tokenizer.save_pretrained(target)
-    sample = corpus.read(source / "novel_hongloumeng.txt.xz")[:200_000]
-    print(f"{len(tokenizer)} tokens, {len(sample) / len(tokenizer(sample)['input_ids']):.2f} characters a token")
+    main()

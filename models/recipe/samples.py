@@ -31,11 +31,11 @@ SYSTEM_PROMPTS = (
 SYSTEM_SHARE = 0.3
 #: How often each source is drawn from.
 SHARES = {
-    "pairs": 0.36,
-    "talks": 0.11,
-    "persons": 0.26,
+    "pairs": 0.34,
+    "talks": 0.12,
+    "persons": 0.28,
     "thoughts": 0.11,
-    "facts": 0.11,
+    "facts": 0.10,
     "tools": 0.03,
     "public": 0.02,
 }
