@@ -98,8 +98,10 @@ def test_sources_are_drawn_by_their_shares_and_each_row_equally_often(tokenizer)
 def test_no_opening_question_of_a_held_out_file_is_trained_on(tmp_path):
     (tmp_path / "asked.txt").write_text("问：我叫小雨\n答：好。\n", encoding="utf-8")
     person = Sample([{"role": "system", "content": "你是摆渡人。"}, *TOLD.messages])
-    kept = samples.without({"pairs": [TOLD, THOUGHT], "persons": [person]}, tmp_path)
-    assert kept == {"pairs": [THOUGHT], "persons": [person]}
+    found = {"pairs": [TOLD, THOUGHT], "persons": [person]}
+    assert samples.without(found, tmp_path) == {"pairs": [THOUGHT], "persons": [person]}
+    (tmp_path / "asked.txt").rename(tmp_path / "situations.txt")  # asked of the persona, so of nobody else
+    assert samples.without(found, tmp_path) == {"pairs": [THOUGHT], "persons": []}
 
 
 def test_every_written_file_is_read_and_has_a_source():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,14 +29,15 @@ SYSTEM_PROMPTS = (
     "请认真回答。",
 )
 SYSTEM_SHARE = 0.3
-#: How often each source is drawn from.
+#: How often each source is drawn from; the persons of `persons` were written, those of `profiles` are generated.
 SHARES = {
-    "pairs": 0.34,
-    "talks": 0.12,
-    "persons": 0.28,
-    "thoughts": 0.11,
-    "facts": 0.10,
-    "tools": 0.03,
+    "pairs": 0.28,
+    "talks": 0.10,
+    "persons": 0.32,
+    "profiles": 0.08,
+    "thoughts": 0.10,
+    "facts": 0.08,
+    "tools": 0.02,
     "public": 0.02,
 }
 #: The source of a file of written dialogue, by the first word of its name.
@@ -49,6 +50,10 @@ KINDS = {
     "prompts": "persons",
     "thinking": "thoughts",
 }
+
+
+#: The held-out files that are asked of the persona of the course.
+PERSONA = ("situations", "wordings", "second_turns", "third_turns")
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,21 @@ def each_thought(messages: list[dict[str, Any]]) -> Iterator[Sample]:
 
 
 def without(found: dict[str, list[Sample]], heldout: Path) -> dict[str, list[Sample]]:
-    """The conversations that hold no opening question of a held-out file; with a person in the prompt, all."""
-    opening = {bare(turn[0][1]) for turn in (talk.turns for p in heldout.glob("*.txt") for talk in dialogue.read(p))}
+    """The conversations that hold no opening question of a held-out file.
+
+    A conversation with a person in its prompt may hold such a question, since the held-out person is another one; but
+    none of the questions that the persona of the course is tested with.
+    """
+
+    def openings(paths: Iterable[Path]) -> set[str]:
+        return {bare(talk.turns[0][1]) for path in paths for talk in dialogue.read(path)}
+
+    to_anybody = openings(heldout.glob("*.txt"))
+    to_the_persona = openings(path for path in heldout.glob("*.txt") if path.stem in PERSONA)
 
     def kept(sample: Sample) -> bool:
-        asked = (bare(message["content"]) for message in sample.messages if message["role"] == "user")
-        return sample.messages[0]["role"] == "system" or opening.isdisjoint(asked)
+        asked = {bare(message["content"]) for message in sample.messages if message["role"] == "user"}
+        return asked.isdisjoint(to_the_persona if sample.messages[0]["role"] == "system" else to_anybody)
 
     return {name: list(filter(kept, samples)) for name, samples in found.items()}
 
@@ -117,7 +131,7 @@ def sources(folder: Path, heldout: Path) -> dict[str, list[Sample]]:
         elif tools:
             found["tools"].append(Sample(messages, tools))
         else:
-            found["persons" if messages[0]["role"] == "system" else "facts"].append(Sample(messages))
+            found["profiles" if messages[0]["role"] == "system" else "facts"].append(Sample(messages))
     return without(found, heldout)
 
 
