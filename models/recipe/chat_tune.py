@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--replay", type=int, default=16, help="rows of pre-training text a step; each is seen once")
+    parser.add_argument("--replay", type=int, default=16, help="rows of pre-training text a step, read round and round")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--replay-weight", type=float, default=1.0)
     options = parser.parse_args()

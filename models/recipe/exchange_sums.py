@@ -122,7 +122,8 @@ DIGIT_ANSWERS = (
 )
 
 
-#: Of the sums, so many stay small enough to be learned by heart: numbers to ten, and the table of nine times nine.
+#: So many stay small enough to be learned by heart: sums of numbers to ten and the table of nine times nine, and
+#: questions about single numbers to twenty.
 SMALL_SHARE = 0.8
 
 

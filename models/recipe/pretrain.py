@@ -27,7 +27,6 @@ from training import SEQUENCE, say
 #: How often a group is read in one epoch; modern text is scarce, poems are plentiful.
 WEIGHTS = {"novel": 1.0, "poem": 0.4, "modern": 2.0, "speech": 0.6, "chat": 1.0, "reading": 0.3, "own": 1.0}
 PEAK_RATE, WARM_SHARE, DECAY = 2e-3, 0.02, 0.1
-REPLAY_ROWS = 45_056  # 46 M tokens: chat tuning sees none of them twice
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
@@ -152,7 +151,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     training.save(model, tokenizer, str(options.output))
     others = {name: texts for name, texts in groups.items() if name != "own"}  # those come as conversations
-    np.save(options.output / "replay.npy", rows(others, random.Random(1))[:REPLAY_ROWS])
+    np.save(options.output / "replay.npy", rows(others, random.Random(1)))
     held = {"texts": data.heldout, "public_chats": data.short_chats}
     (options.output / "heldout.json").write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
     (options.output / "pretrain.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")

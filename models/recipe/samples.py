@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -98,12 +98,9 @@ def without(found: dict[str, list[Sample]], heldout: Path) -> dict[str, list[Sam
     A conversation with a person in its prompt may hold such a question, since the held-out person is another one; but
     none of the questions that the persona of the course is tested with.
     """
-
-    def openings(paths: Iterable[Path]) -> set[str]:
-        return {bare(talk.turns[0][1]) for path in paths for talk in dialogue.read(path)}
-
-    to_anybody = openings(heldout.glob("*.txt"))
-    to_the_persona = openings(path for path in heldout.glob("*.txt") if path.stem in PERSONA)
+    opening = {path.stem: {bare(talk.turns[0][1]) for talk in dialogue.read(path)} for path in heldout.glob("*.txt")}
+    to_anybody = set().union(*opening.values())
+    to_the_persona = set().union(*(asked for name, asked in opening.items() if name in PERSONA))
 
     def kept(sample: Sample) -> bool:
         asked = {bare(message["content"]) for message in sample.messages if message["role"] == "user"}
