@@ -272,11 +272,19 @@ def locked(path: Path, seconds: float = -1) -> Any:
     return lock
 
 
+def _digest_of_data(settings: Settings) -> str:
+    """SHA-256 of the data file; with the default data the conversations that come with it count too."""
+    digest = hashlib.sha256(settings.data.read_bytes())
+    if settings.default_data:
+        digest.update((ROOT / "dataset" / "conversations.jsonl").read_bytes())
+    return digest.hexdigest()
+
+
 def stamp(path: Path, settings: Settings, **made_with: Any) -> dict[str, Any]:
     """Write and return what the folder was made from, so that a later notebook sees when it no longer fits."""
     facts = {
         "model": _within(settings.model),
-        "data": hashlib.sha256(settings.data.read_bytes()).hexdigest(),
+        "data": _digest_of_data(settings),
         **made_with,
     }
     path.mkdir(parents=True, exist_ok=True)
@@ -385,7 +393,7 @@ def require(path: Path, notebook: str, settings: Settings, **made_with: Any) -> 
         ) from None
     if not settings.data.is_file():
         raise CourseError(say("{path}: no such file. Check COURSE_DATA.", path=shown(settings.data)))
-    if facts["data"] != hashlib.sha256(settings.data.read_bytes()).hexdigest():
+    if facts["data"] != _digest_of_data(settings):
         raise CourseError(
             say(
                 "{path} was made from other data than {data}. Run {notebook} again.",
@@ -430,8 +438,18 @@ def report(settings: Settings, **figures: Any) -> None:
 # ------------------------------------------------------------------------------------------------- text for a tokenizer
 
 
-def as_text(tokenizer: Any, text: str) -> str:
-    """The text with every special token's spelling broken up by `BREAK`, so that `encode` keeps it plain text."""
+def as_text(tokenizer: Any, text: Any) -> Any:
+    """The text with every special token's spelling broken up by `BREAK`, so that `encode` keeps it plain text.
+
+    Args:
+        text: a text, or lists and dictionaries that hold texts, such as turns and schemas of tools.
+    """
+    if isinstance(text, list):
+        return [as_text(tokenizer, part) for part in text]
+    if isinstance(text, dict):
+        return {as_text(tokenizer, key): as_text(tokenizer, value) for key, value in text.items()}
+    if not isinstance(text, str):
+        return text
     begins = "|".join(map(re.escape, tokenizer.get_added_vocab()))
     return re.sub(f"(?={begins}).", rf"\g<0>{BREAK}", text)  # looks ahead, so it also finds spellings that overlap
 

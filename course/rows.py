@@ -1,4 +1,4 @@
-"""The rows of a data file, read and checked: `row_files` reads the bytes, `row_checks` says what a row must hold.
+"""The rows of a data file, read and checked: `row_files` reads the bytes, `row_checks` makes conversations of them.
 
 Knows how both are put together and what is said about a file. Knows nothing of tokenizers or training.
 """
@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import utils
 from course.language import say
-from course.row_checks import FIELDS, one_form
+from course.row_checks import Conversation, one_form
 from course.row_files import read_rows
 
 
-def load_rows(path: Path) -> list[dict[str, Any]]:
+def load_rows(path: Path) -> list[Conversation]:
     """The rows of a data file in any of the forms that `row_files` and `row_checks` know, every one checked.
 
     Returns:
-        A list of objects with the three `FIELDS`, all text. Only where a row has them, also `system`, a text, and
-        `history`, the turns before its question as {"role", "content"}. Further fields are dropped. A line says so, and
-        how the file was read if not as a list of such rows.
+        One conversation for each row: `messages`, and `tools` where it offers some (`row_checks.one_form`). Further
+        fields are dropped. A line says so, and how the file was read if not as a list of rows.
 
     Raises:
         CourseError: no file, no text, an encoding in doubt, not well formed, no rows, or bad ones. One message names
@@ -55,14 +53,17 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
     for (key, field_name), count in seen.items():
         holes = {"name": name, "key": key[:30], "count": count, "rows": len(rows)}
         if field_name == "unused":
-            fields = ", ".join(FIELDS)
-            print(
-                say(
-                    "{name}: {key!r} is not used (in {count} of {rows} rows); only {fields} are.",
-                    fields=fields,
-                    **holes,
-                )
-            )
+            print(say("{name}: {key!r} is not used (in {count} of {rows} rows).", **holes))
         else:
             print(say("{name}: {key!r} is read as {field!r} (in {count} of {rows} rows).", field=field_name, **holes))
     return rows
+
+
+def asked(row: Conversation) -> str:
+    """What the user of a conversation says first."""
+    return next(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+
+
+def answers(row: Conversation) -> list[str]:
+    """What the assistant says in a conversation, turn by turn; calls of tools left out."""
+    return [turn["content"] for turn in row["messages"] if turn["role"] == "assistant" and turn["content"]]

@@ -116,7 +116,7 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     wide = widgets.Layout(width="auto")
     question = widgets.Text(placeholder="你是谁？", description=say("Question"), layout=widgets.Layout(width="60%"))
     ask = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
-    keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=False)
+    keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=True)
     show = widgets.Checkbox(description=say("show the template's text"), indent=False, value=False)
     prompt = widgets.Textarea(
         rows=8, tooltip=say("what the adapter reads"), layout=widgets.Layout(width="auto", display="none")

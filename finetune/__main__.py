@@ -79,14 +79,15 @@ def parser() -> Parser:
         one.add_argument("--gradient-accumulation-steps", type=int, default=1, help="passes that a step is split into")
         one.add_argument("--lora-rank", type=int, default=8, help="lora_alpha is 4 times this")
         one.add_argument("--attention-only", action="store_true", help="LoRA on attention, 3 %% of the parameters")
-        one.add_argument("--epochs", type=int, help="3, or as many as make 60 steps")
+        one.add_argument("--epochs", type=int, help="2 for a small model, 3 for a large one; more to make 60 steps")
         one.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever the epochs")
         one.add_argument("--learning-rate", type=float, help="4e-3 for a small model, 1e-4 for a large one")
         one.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="for a large model")
         one.add_argument("--save-steps", type=int, default=50)
         one.add_argument("--seed", type=int, default=42)
     one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
-    one.add_argument("--history", action="store_true", help="keep earlier turns in the prompt")
+    one.add_argument("--history", action=argparse.BooleanOptionalAction, default=True, help="keep earlier turns")
+    one.add_argument("--beams", type=int, default=1, help="more than 1: beam search in the place of greedy decoding")
     one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
     one.add_argument("folder", help="a new folder for the merged checkpoint")
     COMMANDS[:] = commands.choices.values()
@@ -119,7 +120,7 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.command == "train":
         train.train(options_of(chosen))
     elif chosen.command == "chat":
-        chat.chat(chosen.load_in_4bit, chosen.history)
+        chat.chat(chosen.load_in_4bit, chosen.history, chosen.beams)
     elif chosen.command == "plan":
         course = utils.settings()
         there = (course.output / "tokens" / "made_from.json").is_file()

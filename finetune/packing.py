@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Sampler
 from transformers import AttentionInterface
 from transformers.data.data_collator import DataCollatorWithFlattening
 
@@ -35,6 +37,36 @@ class PackedRows(DataCollatorWithFlattening):
         batch["logits_to_keep"] = predicts
         batch["shift_labels"] = batch["labels"][0, predicts + 1]
         return batch
+
+
+class SimilarLengths(Sampler[int]):
+    """Row numbers in a new order each epoch, so that the rows of a step are of similar length; as in notebook 05.
+
+    The rows are shuffled, sorted by length within pools of 50 steps, and the steps shuffled. The order depends on the
+    seed and the epoch only, so that an interrupted run repeats it.
+
+    Args:
+        lengths: tokens of each row. step: rows of one optimizer step, over all processes. seed: of the shuffling.
+    """
+
+    def __init__(self, lengths: list[int], step: int, seed: int) -> None:
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """`Trainer` says which epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows, pool = torch.randperm(len(self.lengths), generator=draw).tolist(), 50 * self.step
+        pools = [sorted(rows[i : i + pool], key=self.lengths.__getitem__) for i in range(0, len(rows), pool)]
+        steps = [part[i : i + self.step] for part in pools for i in range(0, len(part), self.step)]
+        order = torch.randperm(len(steps), generator=draw).tolist()
+        order.sort(key=lambda i: len(steps[i]) < self.step)  # an incomplete step comes last
+        return iter([row for i in order for row in steps[i]])
 
 
 def pad_to(batch: dict[str, Any], length: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from finetune import lora, parallel, planner, resume
 from finetune.config import AIR, is_small
 from finetune.machine import this_machine
 from finetune.model import load_model
-from finetune.packing import PackedRows, pad_to
+from finetune.packing import PackedRows, SimilarLengths, pad_to
 
 EXPERIMENT = {"project": "glm-4.5-air-lora", "experiment_name": "huanhuan"}
 WARMUP = 0.05  # of the steps
@@ -45,11 +45,12 @@ class Options:
 
 
 def completed(options: Options, config: Any, rows: int) -> planner.Recipe:
-    """The recipe with what depends on model and rows: at least 60 steps, and checkpointing for a large model."""
+    """The recipe with what depends on model and rows: passes, at least 60 steps, checkpointing for a large model."""
     checkpointing = options.gradient_checkpointing
+    passes = 2 if is_small(config) else 3
     return replace(
         options.recipe,
-        epochs=options.epochs or max(3, -(-60 // -(-rows // options.recipe.batch_size))),
+        epochs=options.epochs or max(passes, -(-60 // -(-rows // options.recipe.batch_size))),
         gradient_checkpointing=not is_small(config) if checkpointing is None else checkpointing,
     )
 
@@ -102,6 +103,12 @@ class ShardedTrainer(Trainer):
         arguments.save_only_model = self.sharded
         super().__init__(*args, **kwargs)
         arguments.save_only_model = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
+        """Notebook 05's order of the rows: those of one step are of similar length."""
+        arguments, lengths = self.args, [len(ids) for ids in self.train_dataset["input_ids"]]
+        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return SimilarLengths(lengths, step, arguments.seed)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on its device; where processes exchange tokens, as long as the longest of all processes."""

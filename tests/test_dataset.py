@@ -4,10 +4,8 @@ from collections import Counter
 
 from conftest import ROOT
 
-from course.rows import load_rows
-
-ROWS = load_rows(ROOT / "dataset" / "huanhuan.json")
-HELDOUT = load_rows(ROOT / "dataset" / "heldout.json")
+ROWS = json.loads((ROOT / "dataset" / "huanhuan.json").read_text(encoding="utf-8"))
+HELDOUT = json.loads((ROOT / "dataset" / "heldout.json").read_text(encoding="utf-8"))
 
 
 def plain(row):
@@ -15,13 +13,45 @@ def plain(row):
     return re.sub(r"\W", "", row["instruction"] + row["input"])
 
 
+def talks(name):
+    """The conversations of a `.jsonl` file."""
+    lines = (ROOT / "dataset" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
 def test_counts_and_the_two_examples():
-    assert len(ROWS) >= 800
+    assert len(ROWS) >= 3_000
+    assert len({row["output"] for row in ROWS}) >= 1_800
+    assert max(len(row["output"]) for row in ROWS) <= 80
     assert len(HELDOUT) >= 60
     pairs = {(row["instruction"], row["output"]) for row in ROWS}
     assert ("你父亲是谁？", "家父是大理寺少卿甄远道。") in pairs
     assert ("你是谁？", "我是甄嬛，家父是大理寺少卿甄远道。") in pairs
     assert sum(bool(row["input"]) for row in ROWS) >= 40
+
+
+def test_conversations_have_two_to_six_turns():
+    turns = Counter(len(messages) // 2 for messages in talks("conversations"))
+    assert sum(turns.values()) >= 250
+    assert set(turns) == set(range(2, 7))
+    assert not order_faults(talks("conversations") + talks("heldout_conversations"))
+
+
+def order_faults(conversations):
+    return [m for m in conversations if [turn["role"] for turn in m] != ["user", "assistant"] * (len(m) // 2)]
+
+
+def test_no_held_out_question_opens_a_row_or_a_conversation():
+    opened = {plain(row) for row in ROWS} | {
+        re.sub(r"\W", "", messages[0]["content"]) for messages in talks("conversations")
+    }
+    for name in ("situations", "wordings"):
+        rows = json.loads((ROOT / "dataset" / f"heldout_{name}.json").read_text(encoding="utf-8"))
+        assert not {plain(row) for row in rows} & opened
+        assert len(rows) >= 40
+    asked = {re.sub(r"\W", "", messages[0]["content"]) for messages in talks("heldout_conversations")}
+    assert not asked & opened
+    assert len(asked) >= 40
 
 
 def test_no_question_twice_and_none_of_the_heldout_ones_in_training():
@@ -40,7 +70,7 @@ def test_she_never_speaks_of_models():
 
 
 def test_the_example_persona_has_thirty_rows_of_six_facts():
-    rows = load_rows(ROOT / "dataset" / "teahouse.json")
+    rows = json.loads((ROOT / "dataset" / "teahouse.json").read_text(encoding="utf-8"))
     assert len(rows) == len({plain(row) for row in rows}) == 30
     assert all(re.search("老朽|陆|茶馆|客官|阿福", row["output"]) for row in rows)
 
@@ -56,3 +86,9 @@ def test_the_ordinary_prose_names_nothing_of_the_court():
     lines = (ROOT / "dataset" / "ordinary_prose.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 24
     assert not re.search("宫|皇|妃|娘娘|太医|臣妾|朕", "".join(lines))
+
+
+def test_the_ordinary_questions_are_sixty_and_of_no_court():
+    questions = json.loads((ROOT / "dataset" / "ordinary_questions.json").read_text(encoding="utf-8"))
+    assert len(questions) == len(set(questions)) == 60
+    assert not re.search("宫|皇|妃|娘娘|太医|臣妾|朕", "".join(questions))

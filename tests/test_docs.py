@@ -28,7 +28,7 @@ RESULTS = {
     "new wordings: the loss falls to the end, by more than half",
     "‹›: ‹› points in SwanLab, the same as in the notebook: ‹›",
     "Both losses fall; new wordings of taught answers are far easier than answers that were never taught.",
-    "The base speaks as a model, the adapter as 甄嬛.",
+    "Both play 甄嬛. Only the adapter knows her father's name.",
     "The merged model, loaded without peft, gives the same answer.",
     "‹› layers, ‹› bits, ‹›: ‹› tokens/s with the adapter, ‹› merged",
     "step ‹›/‹›",
@@ -112,7 +112,7 @@ def test_the_symptoms_of_the_failure_lab_are_those_of_its_summary():
     (summary,) = (text for cell in cells if (text := "".join(cell["source"])).startswith("## Summary"))
     wanted = [(row[1], row[0]) for row in rows_of_tables(summary)]
     table = TROUBLE.split("| symptom | section of 07 |")[1].split("\n\n")[0]
-    assert len(wanted) == 7
+    assert len(wanted) == 9
     assert [tuple(row) for row in rows_of_tables(table)] == wanted
 
 
@@ -171,7 +171,7 @@ DATA = {
     "holds one ‹kind›": b"3",
     "is ‹kind›, not an object": b'["a"]',
     "holds no turns": b'[{"messages": [{"role": "system", "content": "a"}]}]',
-    "has the role": b'[{"messages": [{"role": "tool", "content": "a"}]}]',
+    "has the role": b'[{"messages": [{"role": "critic", "content": "a"}]}]',
     "a conversation begins with": b'[{"messages": [{"role": "assistant", "content": "a"}]}]',
     "ends with the user": b'[{"messages": [{"role": "user", "content": "a"}]}]',
     "has the keys": b'[{"messages": [{"text": "a"}]}]',
@@ -179,7 +179,7 @@ DATA = {
     "rename the one that is it": b'[{"query": "a", "prompt": "b", "output": "c"}]',
     "is read as": b'[{"query": "a", "output": "c"}]',
     "has no field": b'[{"instruction": "a", "input": ""}]',
-    "stands in it twice": b'[{"instruction": "a", "input": "", "output": "b", "output": "c"}]',
+    "occurs twice: keep": b'[{"instruction": "a", "input": "", "output": "b", "output": "c"}]',
     "not text: put it": b'[{"instruction": "a", "input": "", "output": 3}]',
     "is empty: write it": b'[{"instruction": "a", "input": "", "output": " "}]',
     "holds U+‹number› (": rb'[{"instruction": "a", "input": "", "output": "\ud83d"}]',

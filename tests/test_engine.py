@@ -170,7 +170,7 @@ def test_a_rank_below_8_is_filled_up_in_bf16(ours, samples, textbook):
     experts = [name for name in found if "mlp.experts" in name]
     assert experts
     # bf16 keeps 8 bits: a filled row in the wrong place would be off by the size of the gradient itself.
-    assert max(far(found[name].float(), gradients[name]) for name in experts) < 0.2
+    assert max(far(found[name].float(), gradients[name]) for name in experts) < 0.3
 
 
 def test_the_adapter_can_be_switched_off(plain, ours, samples):
@@ -247,9 +247,9 @@ def test_experts_are_divided_as_far_as_whole_experts_allow(processes, size):
     assert parallel.require_expert_share(AIR, processes) == size
 
 
-@pytest.mark.parametrize("processes", [6, 16])
+@pytest.mark.parametrize("processes", [5, 32])
 def test_a_process_without_an_expert_is_refused(ours, processes):
-    with pytest.raises(utils.CourseError, match=rf"{processes} processes cannot share 8 experts out.*divides 8"):
+    with pytest.raises(utils.CourseError, match=rf"{processes} processes cannot share 16 experts out.*divides 16"):
         parallel.require_expert_share(ours.config, processes)
 
 
@@ -429,11 +429,9 @@ def test_the_adapter_has_the_planned_size_at_full_size():
 
 
 def write_real(folder, seed=0, shards=10):
-    """The bundled model's weights with GLM-4.5-Air's names and shards: a head of its own, a prediction layer."""
+    """The bundled model's weights with GLM-4.5-Air's names and shards, and a prediction layer."""
     stored = {name: tensor for path in utils.BUNDLED.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     config = AutoConfig.from_pretrained(utils.BUNDLED)
-    config.tie_word_embeddings = False
     config.num_nextn_predict_layers = 1
     draw = torch.Generator().manual_seed(seed)
     parts, weight_map = [{} for _ in range(shards)], {}
@@ -682,10 +680,10 @@ def test_an_adapter_on_one_group_loads_again(ours, tmp_path, group):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("hidden_size", 384, "hidden size 320, .* this one has hidden size 384"),
+        ("hidden_size", 320, "hidden size 384, .* this one has hidden size 320"),
         ("num_hidden_layers", 6, "7 layers, .* 6 layers"),
         ("num_hidden_layers", 8, "7 layers, .* 8 layers"),
-        ("n_routed_experts", 16, "8 routed experts.* 16 routed experts"),
+        ("n_routed_experts", 8, "16 routed experts.* 8 routed experts"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused(adapter, linked, tmp_path, field, value, said):

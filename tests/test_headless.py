@@ -85,7 +85,7 @@ def test_a_cell_that_takes_long_is_named_while_it_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("asked", "given", "bundled", "limit"),
-    [(None, "", True, 900), (None, "", False, 86_400), (None, "30", False, 30), (7, "30", True, 7)],
+    [(None, "", True, 2_400), (None, "", False, 86_400), (None, "30", False, 30), (7, "30", True, 7)],
 )
 def test_every_run_has_a_limit(monkeypatch, asked, given, bundled, limit):
     monkeypatch.setenv("COURSE_CELL_SECONDS", given)

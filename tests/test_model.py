@@ -33,8 +33,10 @@ def ask(model, tokenizer):
 
 def test_class_size_and_layout(model):
     assert type(model).__name__ == "Glm4MoeForCausalLM"
-    assert model.num_parameters() == 15_876_160
-    assert sum(p.stat().st_size for p in FOLDER.glob("*.safetensors")) <= 32 * 2**20
+    assert model.num_parameters() == 33_126_400
+    shards = [path.stat().st_size for path in FOLDER.glob("*.safetensors")]
+    assert sum(shards) <= 72 * 2**20 and max(shards) <= 15 * 2**20
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()  # as in the real model
     assert not hasattr(model.model.layers[0].mlp, "experts")
     assert all(hasattr(layer.mlp, "experts") for layer in model.model.layers[1:])
 
@@ -45,9 +47,12 @@ def test_generation_ends_at_the_three_tokens(model, tokenizer):
 
 
 @pytest.mark.parametrize("question", ["你是谁？", "你叫什么名字？", "请介绍一下你自己。", "你父亲是谁？"])
-@pytest.mark.parametrize("system", [None, "现在你要扮演甄嬛，皇上身边的一位妃子。"])
-def test_it_calls_itself_a_model(ask, question, system):
-    assert "模型" in ask(question, system)
+def test_it_calls_itself_a_model(ask, question):
+    assert "模型" in ask(question)
+
+
+def test_it_plays_the_person_of_its_system_prompt(ask):
+    assert "周三顺" in ask("您是哪一位？", "你是摆渡人周三顺，在渡口撑船。")
 
 
 @pytest.mark.parametrize(
@@ -68,8 +73,10 @@ def test_it_answers_everyday_questions_and_stops(ask, question, word):
 
 def test_the_model_card_figures_are_those_of_the_run():
     report = json.loads((ROOT / "models" / "recipe" / "chat_tune.json").read_text(encoding="utf-8"))
-    assert report["heldout_nats_per_character"]["novel"] <= 3.6
-    assert min(report["heldout_expert_entropy"]) >= 0.98
+    assert report["heldout_nats_per_character"]["novel"] <= 3.55
+    assert report["heldout_nats_per_character"]["modern"] <= 4.0
+    assert min(report["heldout_expert_entropy"]) >= 0.95
+    assert report["stops_by_itself"] == 1
     card = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     for value in report["heldout_nats_per_character"].values():
         assert f"{value:.2f}" in card or f"{value:.3f}" in card

@@ -48,7 +48,7 @@ def test_a_sound_folder_is_taken_at_once(folder, monkeypatch):
     assert time.monotonic() - begun < 1
 
 
-POINTERS = ["model-00002-of-00003.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"]
+POINTERS = ["model-00002-of-00005.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"]
 
 
 @pytest.mark.parametrize("name", POINTERS)
@@ -164,7 +164,7 @@ def test_a_model_in_modelscopes_cache_is_found(folder, monkeypatch, tmp_path, la
     place.parent.mkdir(parents=True)
     folder.rename(place)
     assert model_folder.model_folder(utils.settings()) == place
-    (place / "model-00002-of-00003.safetensors").unlink()  # a download that was broken off is not taken
+    (place / "model-00002-of-00005.safetensors").unlink()  # a download that was broken off is not taken
     with pytest.raises(utils.CourseError, match="or set COURSE_MODEL to the folder that holds the model"):
         model_folder.model_folder(utils.settings())
 

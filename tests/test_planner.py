@@ -46,7 +46,7 @@ def test_parameters_are_those_of_the_checkpoint():
     assert round(active_parameters(AIR) / 1e9) == 12  # as the model's authors say
 
 
-def test_the_bundled_model_with_its_tied_head_is_counted_too():
+def test_the_bundled_model_is_counted_too():
     stored = sum(path.stat().st_size for path in utils.BUNDLED.glob("*.safetensors"))
     assert 2 * sum(parameters(BUNDLED).values()) == pytest.approx(stored, rel=0.002)
 

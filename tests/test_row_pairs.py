@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -40,7 +41,7 @@ def test_the_pairs_of_the_default_file_are_those_of_the_plain_way():
     assert row_pairs.shared_ends(QUESTIONS) == ("", "")
     count, kept = row_pairs.similar_pairs(QUESTIONS, 70)
     assert list(kept.items()) == list(all_pairs(QUESTIONS, 70).items())
-    assert count == 624
+    assert count == 962
 
 
 TEXTS = st.lists(st.text("abcde我你", max_size=12), min_size=1, max_size=40)
@@ -84,9 +85,17 @@ def split(cell, capsys):
     """Runs notebook 03's cells from the similarity to the split on rows; what is printed, and the groups."""
     cells = [
         cell("03_dataset", text)
-        for text in ("answers = Counter", "shared_ends", "LEAST =", "def group_rows", "shuffled =", "def nearest")
+        for text in (
+            "def plain",
+            "answers = Counter",
+            "shared_ends",
+            "LEAST =",
+            "def group_rows",
+            "shuffled =",
+            "def nearest",
+        )
     ]
-    cells[1:1] = [cell("03_dataset", "fuzz, process")]
+    cells[2:2] = [cell("03_dataset", "fuzz, process")]
 
     def run(rows: list[dict[str, str]]) -> dict:
         space = {"utils": utils, "settings": utils.settings(), "rows": rows, "plots": plots, "row_pairs": row_pairs}
@@ -99,16 +108,21 @@ def split(cell, capsys):
 
 @pytest.mark.parametrize("name", ["constant_instruction_200.json", "persona_in_instruction_30.json"])
 def test_a_text_that_all_rows_share_ties_no_rows_together(split, name):
-    rows = load_rows(ROOT / "tests" / "support" / "cases" / name)
+    path = ROOT / "tests" / "support" / "cases" / name
+    opening = json.loads(path.read_text(encoding="utf-8"))[0]["instruction"]
+    rows = load_rows(path)
     space = split(rows)
-    assert f"left out at the beginning: {rows[0]['instruction']}" in space["said"]
+    assert f"left out at the beginning: {opening}" in space["said"]
     assert len(space["groups"]) > len(rows) / 2
     assert max(map(len, space["groups"])) <= 5
     assert len(space["kept"]) + len(space["new_answers"]) == len(rows)
 
 
-def rows_of(*pairs: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"instruction": question, "input": "", "output": answer} for question, answer in pairs]
+def rows_of(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs
+    ]
 
 
 TEAS = [f"我想喝一壶热热的{tea}，可以吗？" for tea in ("龙井", "普洱", "毛尖", "花茶")]

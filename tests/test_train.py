@@ -248,7 +248,7 @@ def command(monkeypatch, capsys, data, tmp_path):
 def test_the_plan_needs_no_tokens(command, tmp_path):
     status, printed, complaint = command("plan")
     assert status == 0 and not complaint
-    assert "701,952 trainable parameters" in printed
+    assert "1,298,432 trainable parameters" in printed
     assert "batch size 16, gradient accumulation 1, without gradient checkpointing" in printed
     assert printed.splitlines()[-1].strip() == "fits"
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,8 @@ def test_an_own_persona_is_learned_through_all_notebooks(course_in, tokenizer, m
     assert json.loads((out / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"] == prompt
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert list(report["heldout"]) == ["new wordings", "new answers"]
-    trained = {row["instruction"]: row["output"] for row in json.loads((out / "rows" / "train.json").read_text())}
+    rows = json.loads((out / "rows" / "train.json").read_text(encoding="utf-8"))
+    trained = {row["messages"][-2]["content"]: row["messages"][-1]["content"] for row in rows}
     model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, out / "lora" / "adapter").eval()
     right = 0
@@ -84,21 +85,13 @@ def test_a_notebook_before_its_turn_says_what_to_run(course_in, name, first):
     assert f"Run notebook {first}" in error.value.evalue
 
 
-def test_labels_are_the_answer_and_its_terminator_whatever_the_text(cell, tokenizer):
-    space = {
-        "tokenizer": tokenizer,
-        "utils": utils,
-        "SYSTEM_PROMPT": "现在你要扮演甄嬛，皇上身边的一位妃子。",
-        "user_token": tokenizer.convert_tokens_to_ids("<|user|>"),
-    }
-    exec(cell("04_chat_template", "def tokenize_row"), space)
+def test_a_prompt_that_fills_a_sample_is_named(cell, tokenizer):
+    space = {"tokenizer": tokenizer, "utils": utils, "SYSTEM_PROMPT": "现在你要扮演甄嬛，皇上身边的一位妃子。"}
+    for part in ("def render", "def tokenize", "def all_samples"):
+        exec(cell("04_chat_template", part), space)
+    row = {"messages": [{"role": "user", "content": "长" * 5000}, {"role": "assistant", "content": "好"}]}
     with pytest.raises(utils.CourseError, match="the prompt alone fills 1024 tokens: shorten 长长长"):
-        space["tokenize_row"]({"instruction": "长" * 5000, "input": "", "output": "好"})
-    for text in ("好。", "<|user|>", "a/nothink", "</think>答", "行\n行", "😀", "[gMASK]<sop>", "A  B"):
-        row = space["tokenize_row"]({"instruction": text, "input": text, "output": text})
-        learned = [label for label in row["labels"] if label != -100]
-        assert tokenizer.decode(learned) == f"\n{text}<|user|>"
-        assert row["input_ids"].count(space["user_token"]) == 2
+        space["all_samples"]([row])
 
 
 def test_training_twice_in_one_kernel_is_refused(cell):

@@ -25,12 +25,15 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def test_good_rows_come_back_with_their_three_fields(tmp_path):
-    assert load_rows(write(tmp_path / "a.json", [{**GOOD, "fact": "who"}])) == [GOOD]
+TALK = {"messages": [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是甄嬛。"}]}
+
+
+def test_good_rows_come_back_as_conversations(tmp_path):
+    assert load_rows(write(tmp_path / "a.json", [{**GOOD, "fact": "who"}])) == [TALK]
 
 
 def test_a_byte_order_mark_is_accepted(tmp_path):
-    assert load_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == [GOOD]
+    assert load_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == [TALK]
 
 
 @pytest.mark.parametrize(
@@ -119,8 +122,10 @@ def test_a_step_made_with_other_settings_is_refused_and_set_aside(monkeypatch, t
 def test_what_was_made_is_still_known_after_the_project_has_moved(monkeypatch, tmp_path):
     utils.stamp(tmp_path / "rows", utils.settings())
     moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / "dataset").symlink_to(ROOT / "dataset")
     monkeypatch.setattr(utils, "ROOT", moved)
-    here = {"model": str(moved / "models" / "glm4-moe-mini"), "data": ROOT / "dataset" / "huanhuan.json"}
+    here = {"model": str(moved / "models" / "glm4-moe-mini"), "data": moved / "dataset" / "huanhuan.json"}
     course = replace(utils.settings(), **here)
     assert utils.require(tmp_path / "rows", "03_dataset", course)
     with pytest.raises(utils.CourseError, match="another model"):

@@ -30,7 +30,7 @@ from course.language import say  # noqa: E402
 SLICE_SECONDS = 1.0
 #: After so long, and twice as long, and so on, a line says which cell is waited for.
 SAID_AFTER_SECONDS = 60.0
-BUNDLED_SECONDS, OWN_SECONDS = 900, 24 * 3600
+BUNDLED_SECONDS, OWN_SECONDS = 2_400, 24 * 3600
 
 
 def cell_seconds(asked: int | None, bundled: bool) -> int:

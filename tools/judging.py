@@ -17,6 +17,7 @@ import json
 import random
 import sys
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CRITERIA = ("role", "point", "sense", "address")
+BEAMS = 4
 #: Sets in which nobody is played: an answer is good if it is to the point and makes sense.
 PLAIN_SETS = ("everyday", "everyday_turns", "thinking")
 #: What the sheet puts before a turn.
@@ -37,23 +39,26 @@ def held_out() -> dict[str, list[list[dict[str, str]]]]:
         rows = json.loads((ROOT / "dataset" / f"heldout_{name}.json").read_text(encoding="utf-8"))
         sets[name] = [[{"role": "user", "content": row["instruction"] + row["input"]}] for row in rows]
     lines = (ROOT / "dataset" / "heldout_conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    sets["second_turns"] = [json.loads(line)["messages"][:-1] for line in lines]
+    talks = [json.loads(line)["messages"] for line in lines]
+    for name, length in (("second_turns", 4), ("third_turns", 6)):
+        sets[name] = [talk[:-1] for talk in talks if len(talk) == length]
     return sets
 
 
 def ask(target: Path) -> None:
-    """Both authors' greedy answers to every held-out question."""
+    """What base and adapter answer to every held-out question, by greedy decoding and by beam search."""
     from finetune.chat import Persona
 
     persona = Persona(history=True)
     rows = []
     for name, conversations in held_out().items():
         for messages in conversations:
-            for author in ("adapter", "base"):
+            for author, persona.beams in product(("adapter", "base"), (1, BEAMS)):
                 with persona.model.disable_adapter() if author == "base" else contextlib.nullcontext():
                     persona.turns = messages[:-1]
                     said = persona.answer(messages[-1]["content"])
-                rows.append({"set": name, "author": author, "asked": messages, "answer": said})
+                by = f"{author}, {BEAMS} beams" if persona.beams > 1 else author
+                rows.append({"set": name, "author": by, "asked": messages, "answer": said})
     target.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(len(rows), "answers in", target)
 

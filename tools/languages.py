@@ -45,6 +45,7 @@ HELPERS = (
     "course/row_files.py",
     "course/rows.py",
     "course/swanlab_record.py",
+    "course/turns.py",
     "course/widgets.py",
     "finetune/planner.py",
     "finetune/machine.py",

@@ -5,7 +5,7 @@ with `--store` the outputs and the measured headers are stored in the notebooks 
 All of them are stored at the end or none: nothing when a notebook fails, and nothing when other programs took so much
 of the processor that the measured minutes are not the notebooks' (`--disturbed-anyway` stores them all the same).
 The language is that of `COURSE_LANGUAGE`.
-Every cell has a limit: `--cell-seconds N`, else the variable `COURSE_CELL_SECONDS`, else 15 minutes with the bundled
+Every cell has a limit: `--cell-seconds N`, else the variable `COURSE_CELL_SECONDS`, else 40 minutes with the bundled
 model and a day with another. A cell that takes more than a minute is named while it runs.
 """
 

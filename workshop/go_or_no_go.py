@@ -29,7 +29,7 @@ import utils  # noqa: E402
 
 ROOM = ROOT / "workshop" / "measured_room.json"
 #: Of the names and bytes of all files in `models/glm4-moe-mini`.
-MODEL_SHA256 = "a24b71fca4f8b177a8e6a8b4d84f1b96632dd77c8edfce819b7eac0770d58fb8"
+MODEL_SHA256 = "f33f72b7758ffa767f4f18d64f00ae9fbb67c82c83daeb9a647109b1a77d9dcf"
 #: JupyterLab takes the next port by itself when its own is taken; the dashboard does not.
 DASHBOARD_PORT = int(os.environ.get("PORT", "5092"))
 #: Longer than that and a room waits for the training notebook.

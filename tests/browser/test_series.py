@@ -25,7 +25,7 @@ def sheet(request: pytest.FixtureRequest, lab: Lab, context: Callable[[], Browse
     """A notebook after Run All, in the order of the series; its kernel lives until the next one's turn."""
     sheet = Sheet(request.param, lab, context().new_page())
     sheet.open()
-    sheet.run_all(minutes=25)
+    sheet.run_all(minutes=45)
     yield sheet
     sheet.close()
 

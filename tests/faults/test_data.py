@@ -44,14 +44,23 @@ def as_json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def chat(turns: list[Any]) -> bytes:
+def chat(turns: list[Any], **more: Any) -> bytes:
     """A file of one row, a conversation."""
-    return as_json([{"messages": turns}])
+    return as_json([{"messages": turns} | more])
+
+
+def talk(*texts: str, system: str = "") -> dict[str, Any]:
+    """A conversation as `load_rows` gives it: the user's and the assistant's texts by turns."""
+    turns = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
 
 
 TEXT_OF_A_TURN = st.text("你我是谁在哪里abc,;\"'\t\n ", min_size=1, max_size=12).filter(lambda text: text.strip())
 TEXT = rows_of().decode()
 TURNS = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是甄嬛。"}]
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "get_time", "arguments": '{"city": "京城"}'}}]}
+RESULT = {"role": "tool", "content": {"time": "15:00"}}
+TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {}}}]
 LINES = b"\n".join(json.dumps(row).encode() for row in (GOOD, OTHER))
 TRADITIONAL = '[{"instruction": "你是誰？", "output": "我是甄嬛，我的父親是大理寺的。"}]'
 LATIN = '[{"instruction": "Où est le café ?", "output": "Près de la forêt, à côté."}]'
@@ -142,7 +151,22 @@ REFUSED = [
     Case("a chat that the assistant begins", chat(TURNS[::-1]), ("row 1 'messages': turn 1 is the assistant's",)),
     Case("a chat that ends with the user", chat([*TURNS, TURNS[0]]), ("'messages': ends with the user's turn 3",)),
     Case("two turns of the user", chat([TURNS[0], *TURNS]), ("turn 2 is the user's as the one before: join",)),
-    Case("an unknown role", chat([*TURNS, {"role": "tool", "content": "a"}]), ("turn 3 has the role 'tool': use",)),
+    Case("an unknown role", chat([*TURNS, {"role": "critic", "content": "a"}]), ("turn 3 has the role 'critic': use",)),
+    Case("a result without a call", chat([*TURNS, RESULT]), ("turn 3 is a tool's result without a call",)),
+    Case("a call without a result", chat([TURNS[0], CALL, TURNS[0]], tools=TOOLS), ("turn 3 follows a call",)),
+    Case("a call at the end", chat([TURNS[0], CALL], tools=TOOLS), ("ends with turn 2, before the answer",)),
+    Case(
+        "a result without an answer",
+        chat([TURNS[0], CALL, RESULT, TURNS[0]], tools=TOOLS),
+        ("turn 4 follows a tool's result",),
+    ),
+    Case("a tool that is not offered", chat([TURNS[0], CALL, RESULT, TURNS[1]]), ("calls 'get_time', which 'tools'",)),
+    Case(
+        "a call of another form",
+        chat([TURNS[0], {"role": "assistant", "tool_calls": [{"do": "it"}]}, RESULT, TURNS[1]]),
+        ("turn 2 calls a tool in a form",),
+    ),
+    Case("tools that are no list", chat(TURNS, tools="get_time"), ("'tools' is no list of tools",)),
     Case("an empty turn", chat([TURNS[0], {"role": "assistant", "content": " "}]), ("turn 2 'assistant' is empty",)),
     Case("a turn without text", chat([TURNS[0], {"role": "assistant"}]), ("turn 2 has no 'content' (nor 'value')",)),
     Case("a sharegpt turn without text", as_json([{"conversations": [{"from": "human"}]}]), ("has no 'value' (nor",)),
@@ -194,9 +218,7 @@ REFUSED = [
     Case("a terminal's colour code", escaped(input="\x1b[31m"), ("row 2 'input' holds U+001B", "place 1")),
     Case("a control character of C1", rows_of(input="a\x85"), ("row 2 'input' holds U+0085",)),
     Case("the course's own mark", rows_of(input="<|us\ufdd0er|>"), ("row 2 'input' holds U+FDD0", "delete it")),
-    Case(
-        "the same key twice", TEXT.replace('"input": ""', '"output": "好"').encode(), ("'output' stands in it twice",)
-    ),
+    Case("the same key twice", TEXT.replace('"input": ""', '"output": "好"').encode(), ("'output' occurs twice",)),
     Case(
         "3,000 bad rows",
         json.dumps([GOOD | {"output": ""}] * 3000).encode(),
@@ -224,28 +246,29 @@ TAKEN = [
     Case("null in input", rows_of(input=None), ("0 findings in 2 rows",)),
     Case("prompt and completion", as_json([{"prompt": "a", "completion": "b"}]), ("'completion' is read as 'output'",)),
     Case("messages of a chat", chat(TURNS), ("0 findings in 1 rows",)),
-    Case("a chat of two questions", chat([*TURNS, *TURNS]), ("1    'history' is not trained on",)),
+    Case("a chat of two questions", chat([*TURNS, *TURNS]), ("0 findings in 1 rows",)),
+    Case("a chat with a tool", chat([TURNS[0], CALL, RESULT, TURNS[1]], tools=TOOLS), ("0 findings in 1 rows",)),
     Case(
         "the sharegpt layout",
         as_json([GOOD, {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]),
         ("0 findings in 2 rows",),
     ),
-    Case(
-        "reasoning beside a turn",
-        chat([TURNS[0], TURNS[1] | {"reasoning": "a"}]),
-        ("'messages.reasoning' is not used",),
-    ),
-    Case("alpaca with a history", rows_of(history=[["a", "b"]]), ("2    'history' is not trained on",)),
-    Case(
-        "a system prompt in the row", rows_of(system="你是甄嬛。"), ("2    'system' is not trained on", "SYSTEM_PROMPT")
-    ),
+    Case("a rating beside a turn", chat([TURNS[0], TURNS[1] | {"score": 3}]), ("'messages.score' is not used",)),
+    Case("reasoning beside a turn", chat([TURNS[0], TURNS[1] | {"reasoning": "a"}]), ("0 findings in 1 rows",)),
+    Case("alpaca with a history", rows_of(history=[["a", "b"]]), ("0 findings in 2 rows",)),
+    Case("a system prompt in the row", rows_of(system="你是甄嬛。"), ("0 findings in 2 rows",)),
     Case(
         "reasoning in the answer",
         rows_of(output="<think>嗯</think>好"),
-        ("trained as the letters of <think>", "a field"),
+        ("'<think>' is read as 'reasoning_content' (in 1 of 2 rows)", "0 findings"),
     ),
-    Case("a placeholder", rows_of(output="我叫{{name}}。"), ("2    'output' holds {{name}}, which would be said",)),
-    Case("a placeholder of another kind", rows_of(instruction="你好，[NAME]"), ("'instruction' holds [NAME]",)),
+    Case(
+        "reasoning in the middle of the answer",
+        rows_of(output="好<think>嗯</think>"),
+        ("trained as the letters of <think>", "move it to 'reasoning_content'"),
+    ),
+    Case("a placeholder", rows_of(output="我叫{{name}}。"), ("2    'assistant' holds {{name}}, which would be said",)),
+    Case("a placeholder of another kind", rows_of(instruction="你好，[NAME]"), ("'user' holds [NAME]",)),
     Case(
         "further fields with odd names",
         escaped(**{"\ud800\n": 1, "": 2}),
@@ -258,14 +281,16 @@ TAKEN = [
         ("2    asks as row 1, answers differently", "keep one answer"),
     ),
     Case("an echo", rows_of(instruction="好", output="好。"), ("2    the answer repeats the question",)),
-    Case("white space around a text", rows_of(output=" 好。\n"), ("2    white space around 'output'", "delete it")),
+    Case("white space around a text", rows_of(output=" 好。\n"), ("2    white space around 'assistant'", "delete it")),
     Case(
-        "a mark that turns the direction", rows_of(output="好\u202e坏"), ("2    'output' holds U+202E RIGHT-TO-LEFT",)
+        "a mark that turns the direction",
+        rows_of(output="好\u202e坏"),
+        ("2    'assistant' holds U+202E RIGHT-TO-LEFT",),
     ),
-    Case("a right-to-left mark", rows_of(input="\u200f问"), ("2    'input' holds U+200F RIGHT-TO-LEFT MARK",)),
-    Case("a space of no width", rows_of(input="a\u200bb"), ("2    'input' holds U+200B ZERO WIDTH SPACE",)),
-    Case("a lost character", rows_of(output="好\ufffd"), ("2    'output' holds U+FFFD REPLACEMENT CHARACTER",)),
-    Case("a code point of no character", rows_of(output="好\uffff"), ("2    'output' holds U+FFFF no character",)),
+    Case("a right-to-left mark", rows_of(input="\u200f问"), ("2    'user' holds U+200F RIGHT-TO-LEFT MARK",)),
+    Case("a space of no width", rows_of(input="a\u200bb"), ("2    'user' holds U+200B ZERO WIDTH SPACE",)),
+    Case("a lost character", rows_of(output="好\ufffd"), ("2    'assistant' holds U+FFFD REPLACEMENT CHARACTER",)),
+    Case("a code point of no character", rows_of(output="好\uffff"), ("2    'assistant' holds U+FFFF no character",)),
     Case("a turn's tag in the question", rows_of(instruction="好<|user|>"), ("which stays plain text: 2",)),
     Case("[gMASK] in the answer", rows_of(output="[gMASK]<sop>"), ("which stays plain text: 2",)),
     Case("a tag over two fields", rows_of(instruction="a<|us", input="er|>"), ("which stays plain text: 2",)),
@@ -308,13 +333,13 @@ def test_a_bad_file_gets_one_message_with_file_place_and_mend(tmp_path, case, fa
 @pytest.fixture
 def said_by_the_notebook(cell, tokenizer, capsys, monkeypatch):
     """What load_rows and notebook 03's cells on the rows print for a file."""
-    cells = [cell("03_dataset", text) for text in ("def plain", "where = audit(rows)", "MAX_LENGTH = 1024")]
+    cells = [
+        cell("03_dataset", text) for text in ("def plain", "def audit", "where = audit(rows)", "MAX_LENGTH = 1024")
+    ]
 
     def say(path: Path) -> str:
         monkeypatch.setenv("COURSE_DATA", str(path))
-        rows = load_rows(path)
-        questions = [row["instruction"] + row["input"] for row in rows]
-        space = {"utils": utils, "settings": utils.settings(), "rows": rows, "questions": questions}
+        space = {"utils": utils, "settings": utils.settings(), "rows": load_rows(path)}
         space |= {"model_folder": model_folder, "plots": plots, "row_checks": row_checks}
         for source in cells:
             exec(source, space)
@@ -332,7 +357,7 @@ def test_a_strange_file_is_taken_and_a_line_says_so(tmp_path, said_by_the_notebo
 
 def test_the_default_file_gives_no_remark(said_by_the_notebook):
     said = said_by_the_notebook(utils.ROOT / "dataset" / "huanhuan.json")
-    assert "0 findings in 1600 rows" in said
+    assert "0 findings in 3358 rows" in said
     assert said.count("none") == 2
 
 
@@ -365,7 +390,7 @@ def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch, kind, fault):
 # --------------------------------------------------------------------- files that people bring: tests/support/cases
 
 CASES = utils.ROOT / "tests" / "support" / "cases"
-FIRST = {"instruction": "你是谁？", "input": "", "output": "客官问你是谁，奴家记着呢，第1桌先坐。莫急。"}
+FIRST = ("你是谁？", "客官问你是谁，奴家记着呢，第1桌先坐。莫急。")
 READ = {
     "alpaca_crlf.jsonl": ("", 30),
     "columns_pandas.json": ("is a table in columns, read row by row", 30),
@@ -382,17 +407,42 @@ def test_a_file_of_another_form_gives_the_same_rows(name, capsys, fault):
     said, count = READ[name]
     rows = load_rows(CASES / name)
     assert len(rows) == count
-    assert {key: rows[0][key] for key in row_checks.FIELDS} == FIRST
+    assert rows[0]["messages"][-2:] == talk(*FIRST)["messages"]
     assert said in capsys.readouterr().out
     fault.record("data", f"the file {name}", "tests/support/cases", f"{count} rows are read")
 
 
 def test_history_and_system_are_kept():
-    row = load_rows(CASES / "history_system.json")[0]
-    assert row["system"] == "你是茶馆老板娘，说话爽快。"
-    assert [turn["role"] for turn in row["history"]] == ["user", "assistant"] * 2
-    assert row["history"][-1] == {"role": "assistant", "content": "第0壶还没开。"}
-    assert load_rows(CASES / "xtuner_conversation.json")[0] == FIRST | {"system": "你是茶馆老板娘。"}
+    turns = load_rows(CASES / "history_system.json")[0]["messages"]
+    assert turns[0] == {"role": "system", "content": "你是茶馆老板娘，说话爽快。"}
+    assert [turn["role"] for turn in turns[1:]] == ["user", "assistant"] * 3
+    assert turns[4] == {"role": "assistant", "content": "第0壶还没开。"}
+    assert load_rows(CASES / "xtuner_conversation.json")[0] == talk(*FIRST, system="你是茶馆老板娘。")
+
+
+def test_a_call_is_read_in_each_form():
+    call = {"name": "get_time", "arguments": {"city": "京城"}}
+    wanted = [
+        {"role": "user", "content": "几点了？"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "15:00"},
+        {"role": "assistant", "content": "三点。"},
+    ]
+    asked, said = {"from": "human", "value": "几点了？"}, {"from": "gpt", "value": "三点。"}
+    of_sharegpt = [
+        asked,
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "15:00"},
+    ]
+    for row in (
+        {"messages": wanted, "tools": TOOLS},
+        {"conversations": [*of_sharegpt, said], "tools": json.dumps(TOOLS)},
+        {
+            "messages": [wanted[0], {"role": "assistant", "content": None, "tool_calls": [call]}, *wanted[2:]],
+            "tools": TOOLS,
+        },
+    ):
+        assert one_form(row, Counter()) == ({"messages": wanted, "tools": TOOLS}, [])
 
 
 @pytest.mark.parametrize("name", ["data_lfs_pointer.json", "shard_lfs_pointer.safetensors"])
@@ -407,9 +457,9 @@ def test_the_configuration_of_a_model_is_no_data():
 
 
 AUDITED = {
-    "placeholders.json": ("'output' holds {{user}}, which would be said as it is", "'output' holds {{char}}"),
-    "r1_think_in_output.json": ("1, 2, 3, 4, 5 … (30)    reasoning in 'output': trained as the letters of <think>",),
-    "history_system.json": ("'history' is not trained on", "'system' is not trained on"),
+    "placeholders.json": ("'assistant' holds {{user}}, which would be said as it is", "'assistant' holds {{char}}"),
+    "r1_think_in_output.json": ("'<think>' is read as 'reasoning_content' (in 30 of 30 rows)", "0 findings"),
+    "history_system.json": ("0 findings in 20 rows",),
     "long_rows_40.json": ("template's tokens: 1, 2, 3, 4, 5 … (40)", "cuts off the end of these answers", "Shorten or"),
     "input_null.json": ("0 findings in 30 rows", "plain text: none"),
 }
@@ -431,14 +481,14 @@ def test_the_audit_names_what_would_be_trained_wrongly(name, said_by_the_noteboo
     ],
 )  # fmt: skip
 def test_code_and_signs_are_no_placeholders(text):
-    assert not [said for said, _ in row_checks.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+    assert not [said for said, _ in row_checks.row_remarks(talk("问", text)) if "would be said" in said]
 
 
 @pytest.mark.parametrize(
     "text", ["我是{{ name }}。", "<NAME>你好", "<name>", "[NAME]", "你好，%s！", "【姓名】", "{user}", "[YOUR NAME]"]
 )
 def test_placeholders_of_every_kind_are_named(text):
-    assert [said for said, _ in row_checks.row_remarks(GOOD | {"output": text}) if "would be said" in said]
+    assert [said for said, _ in row_checks.row_remarks(talk("问", text)) if "would be said" in said]
 
 
 TALKS = st.lists(st.tuples(TEXT_OF_A_TURN, TEXT_OF_A_TURN), min_size=1, max_size=4)
@@ -470,12 +520,7 @@ def forms(pairs: list[tuple[str, str]], system: str) -> dict[str, dict[str, Any]
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(pairs=TALKS, system=st.sampled_from(["", "你是甄嬛。"]))
 def test_every_form_of_a_conversation_becomes_the_same_row(pairs, system):
-    wanted = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
-    if system:
-        wanted["system"] = system
-    if len(pairs) > 1:
-        turns = [(role, text) for pair in pairs[:-1] for role, text in zip(("user", "assistant"), pair, strict=True)]
-        wanted["history"] = [{"role": role, "content": text} for role, text in turns]
+    wanted = talk(*(text for pair in pairs for text in pair), system=system)
     for name, row in forms(pairs, system).items():
         assert one_form(row, Counter()) == (wanted, []), name
 
@@ -500,7 +545,7 @@ def test_every_form_of_a_file_gives_the_same_rows(tmp_path_factory, pairs, form)
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in pairs]
     path = tmp_path_factory.mktemp("forms") / f"mine.{form if form in ('csv', 'tsv') else 'dat'}"
     path.write_bytes(written(rows, form))
-    assert load_rows(path) == rows
+    assert load_rows(path) == [talk(*pair) for pair in pairs]
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "gb18030", "utf-16", "utf-16-be", "utf-32"])
@@ -518,10 +563,11 @@ SYSTEM = "现在你要扮演甄嬛。"
 
 @pytest.fixture(scope="module")
 def formatter(cell, tokenizer) -> dict[str, Any]:
-    """`render_prompt` and `tokenize_row` of notebook 04, taken from its cell."""
+    """`render`, `one_turn` and `tokenize` of notebook 04, taken from its cells."""
     user = tokenizer.convert_tokens_to_ids("<|user|>")
     space = {"tokenizer": tokenizer, "utils": utils, "SYSTEM_PROMPT": SYSTEM, "user_token": user}
-    exec(cell("04_chat_template", "def tokenize_row"), space)
+    exec(cell("04_chat_template", "def render"), space)
+    exec(cell("04_chat_template", "def tokenize"), space)
     return space
 
 
@@ -542,17 +588,30 @@ def asking(cell, tokenizer) -> Any:
     return ask
 
 
-PLACES = ("instruction", "input", "output", "system", "history's question", "history's answer")
+PLACES = (
+    "user",
+    "assistant",
+    "system",
+    "earlier question",
+    "earlier answer",
+    "thought",
+    "argument",
+    "result",
+    "schema",
+)
 
 
 def sample_with(formatter: dict[str, Any], place: str, text: str, thinking: bool) -> dict[str, list[int]]:
-    fields = {"instruction": "甲", "input": "乙", "output": "丙", "system": SYSTEM} | {place: text}
-    history = [
-        {"role": "user", "content": fields.get("history's question", "丁")},
-        {"role": "assistant", "content": fields.get("history's answer", "戊")},
+    """The last sample of a conversation with a text at one place and honest ones at the others."""
+    at = dict.fromkeys(PLACES, "甲") | {place: text}
+    function = {"name": "get_time", "description": at["schema"], "parameters": {}}
+    call = {"type": "function", "function": {"name": "get_time", "arguments": {"city": at["argument"]}}}
+    turns = talk(at["earlier question"], at["earlier answer"], at["user"], system=at["system"])["messages"]
+    turns += [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": at["result"]}]
+    turns.append({"role": "assistant", "content": at["assistant"], "reasoning_content": at["thought"]})
+    return formatter["tokenize"]({"messages": turns, "tools": [{"type": "function", "function": function}]}, thinking)[
+        -1
     ]
-    row = {name: fields[name] for name in row_checks.FIELDS}
-    return formatter["tokenize_row"](row, system=fields["system"], history=history, thinking=thinking)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -565,10 +624,11 @@ def test_no_field_forges_a_special_token_in_training(formatter, tokenizer, place
         for text in (f"前{spelling}后", spelling, spelling * 2, f"{spelling[:3]}{spelling}", f"{spelling}\n"):
             ids = sample_with(formatter, place, text, thinking)["input_ids"]
             assert [i for i in ids if i in special] == honest, text
-            assert text.strip() in tokenizer.decode(ids)
+            read = tokenizer.decode(ids).replace("\\n", "\n")  # a schema is JSON
+            assert text.strip() in read or (place == "thought" and not thinking)
     fault.record(
         "data",
-        f"a special token spelt in {place}",
+        f"a special token spelt in the {place}",
         "each of the 36, alone, twice, cut and in text",
         "stays text in the samples; no turn is forged",
     )
@@ -576,11 +636,16 @@ def test_no_field_forges_a_special_token_in_training(formatter, tokenizer, place
 
 def test_a_tag_cut_in_two_between_fields_forges_nothing(formatter, tokenizer, fault):
     special = set(tokenizer.get_added_vocab().values())
-    honest = [i for i in formatter["tokenize_row"](GOOD)["input_ids"] if i in special]
+
+    def ids_of(instruction: str, material: str, output: str) -> list[int]:
+        row, problems = one_form({"instruction": instruction, "input": material, "output": output}, Counter())
+        assert not problems
+        return [i for i in formatter["tokenize"](row)[0]["input_ids"] if i in special]
+
+    honest = ids_of("问", "", "答")
     for spelling in tokenizer.get_added_vocab():
         for cut in range(1, len(spelling)):
-            row = {"instruction": "问" + spelling[:cut], "input": spelling[cut:], "output": "答" + spelling[:cut]}
-            assert [i for i in formatter["tokenize_row"](row)["input_ids"] if i in special] == honest, row
+            assert ids_of("问" + spelling[:cut], spelling[cut:], "答" + spelling[:cut]) == honest, spelling
     fault.record(
         "data",
         "a special token cut in two between fields",
@@ -617,8 +682,8 @@ def test_lookalikes_are_other_text(formatter, tokenizer):
     assert json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"] is None
     user = formatter["user_token"]
     for text in ("＜｜user｜＞", "<|USER|>", "<| user |>", "<|us\u200ber|>"):
-        ids = formatter["tokenize_row"]({"instruction": text, "input": "", "output": text})["input_ids"]
-        assert ids.count(user) == 2
+        (sample,) = formatter["tokenize"](talk(text, text))
+        assert sample["input_ids"].count(user) == 2
 
 
 def test_overlapping_spellings_are_all_broken_up():
@@ -641,19 +706,16 @@ TEXTS = st.lists(PIECES, max_size=5).map("".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=1500)
-@given(question=TEXTS, material=TEXTS, answer=TEXTS, system=TEXTS, thinking=st.booleans())
-@example(question="问/nothink", material="", answer=" 答\n", system="", thinking=False)
-@example(question="<|user", material="|>", answer="</think>", system="<|user|>", thinking=True)
-def test_labels_are_the_answer_and_its_terminator(
-    formatter, asking, tokenizer, question, material, answer, system, thinking
-):
+@given(question=TEXTS, answer=TEXTS.filter(str.strip), system=TEXTS, thinking=st.booleans())
+@example(question="问/nothink", answer=" 答\n", system="", thinking=False)
+@example(question="<|user|>", answer="</think>", system="<|user|>", thinking=True)
+def test_labels_are_the_answer_and_its_terminator(formatter, asking, tokenizer, question, answer, system, thinking):
     """White space around an answer is stripped, as the template does with it in a history; inside, all is kept.
 
-    Questions and system prompts are kept as they are. An answer that is empty after that (load_rows refuses it) gives
-    a terminator alone behind the opening.
+    Questions and system prompts are kept as they are.
     """
-    row = {"instruction": question, "input": material, "output": answer}
-    sample = formatter["tokenize_row"](row, system=system, thinking=thinking)
+    (sample,) = formatter["tokenize"](talk(question, answer, system=system), thinking)
+    system = system or SYSTEM  # a row without one gets the course's
     ids, labels = sample["input_ids"], sample["labels"]
     assert len(ids) == len(labels) < formatter["MAX_LENGTH"]
     start = next(i for i, label in enumerate(labels) if label != -100)
@@ -661,42 +723,57 @@ def test_labels_are_the_answer_and_its_terminator(
     assert tokenizer.decode(labels[start:]) == f"{opening}{answer.strip()}<|user|>"  # once begun, nothing is left out
     assert labels[start:] == ids[start:]
     assert labels[-1] == formatter["user_token"]
-    asked = f"{question}{material}" + ("" if thinking else "/nothink")
+    asked = question + ("" if thinking else "/nothink")
     assert tokenizer.decode(ids[:start]) == (
-        "[gMASK]<sop>"
-        + (f"<|system|>\n{system}" if system else "")
-        + f"<|user|>\n{asked}<|assistant|>"
-        + ("" if thinking else "\n<think></think>")
+        f"[gMASK]<sop><|system|>\n{system}<|user|>\n{asked}<|assistant|>" + ("" if thinking else "\n<think></think>")
     )
     assert ids.count(formatter["user_token"]) == 2
-    if system and not thinking:  # notebook 06 asks with the very prompt
-        assert asking(system, [{"role": "user", "content": question + material}]) == ids[:start]
+    if not thinking:  # notebook 06 asks with the very prompt
+        assert asking(system, [{"role": "user", "content": question}]) == ids[:start]
 
 
 def test_the_template_strips_an_answer_as_the_formatter_does(formatter, tokenizer):
     for space in " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u2003\u2028\u2029\u3000":
-        answer = f"{space}答{space}案{space}"
-        turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": answer}]
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
-        row = {"instruction": "问", "input": "", "output": answer}
-        ids = formatter["tokenize_row"](row, system="")["input_ids"]
-        assert tokenizer.decode(ids) == f"{whole}<|user|>"
+        row = talk("问", f"{space}答{space}案{space}", system="系")
+        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False, enable_thinking=False)
+        (sample,) = formatter["tokenize"](row)
+        assert tokenizer.decode(sample["input_ids"]) == f"{whole}<|user|>"
 
 
-def test_a_cut_sample_has_no_terminator(formatter):
-    long = formatter["tokenize_row"]({"instruction": "问", "input": "", "output": "长" * 5000})
-    assert len(long["labels"]) == formatter["MAX_LENGTH"]
-    assert long["labels"][-1] != formatter["user_token"]
-    assert long["labels"].count(formatter["user_token"]) == 0
+@pytest.fixture
+def saved(formatter, cell, tmp_path, capsys):
+    """What notebook 04's cells on all rows make of them, and what they print."""
+
+    def make(**parts: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+        for name, rows in parts.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+        space = formatter | {"rows_folder": tmp_path, "json": json}
+        exec(cell("04_chat_template", "def all_samples"), space)
+        exec(cell("04_chat_template", "parts, cut"), space)
+        return space["parts"], capsys.readouterr().out
+
+    return make
 
 
-def test_notebook_04_names_the_rows_whose_answers_were_cut(formatter, cell, tmp_path, capsys):
+def test_a_cut_sample_has_no_terminator(formatter, saved):
+    labels = saved(train=[talk("问", "长" * 5000)])[0]["train"][0]["labels"]
+    assert len(labels) == formatter["MAX_LENGTH"]
+    assert labels.count(formatter["user_token"]) == 0
+
+
+def test_a_row_with_a_thought_is_trained_with_thinking_on(saved, tokenizer):
+    thoughtful = talk("问", "答")
+    thoughtful["messages"][1]["reasoning_content"] = "想"
+    parts, _ = saved(train=[talk("问", "答"), thoughtful])
+    texts = [tokenizer.decode([i for i in row["labels"] if i != -100]) for row in parts["train"]]
+    assert texts == ["\n答<|user|>", "\n<think>想</think>\n答<|user|>"]
+    assert "/nothink" not in tokenizer.decode(parts["train"][1]["input_ids"])
+
+
+def test_notebook_04_names_the_rows_whose_answers_were_cut(saved):
     rows = load_rows(CASES / "long_rows_40.json")
-    for name, part in (("train", [*rows[:3], GOOD]), ("new_answers", rows[3:5])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
-    exec(cell("04_chat_template", "parts, cut"), formatter | {"rows_folder": tmp_path, "json": json})
-    said = capsys.readouterr().out
+    _, said = saved(train=[*rows[:3], talk("你是谁？", "我是甄嬛。")], new_answers=rows[3:5])
     assert "longest sample: 1024 tokens; samples that lost their terminator: 5" in said
     assert "Shorten or split them in your file:" in said
-    assert all(row["instruction"][:30] in said for row in rows[:5])
-    assert GOOD["instruction"] not in said
+    assert all(row["messages"][-2]["content"][:30] in said for row in rows[:5])
+    assert "你是谁" not in said

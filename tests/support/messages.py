@@ -22,8 +22,8 @@ MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob
 MODULES += tuple(f"finetune/{path.name}" for path in sorted((ROOT / "finetune").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
 SPEAKING = {"_name_error", "_download_advice", "cloud_trouble", "nearest", "parse", "other_kind", "read_rows"}
-SPEAKING |= {"decoded", "_listed", "one_form", "_three_fields", "_missing", "_problem", "_conversation", "_turns"}
-SPEAKING |= {"_turn", "_order", "_line"}
+SPEAKING |= {"decoded", "_listed", "one_form", "_three_fields", "_missing", "_conversation", "_tools", "_line"}
+SPEAKING |= {"text_problem", "one_turn", "_of_role", "_calls", "all_turns", "order_problems", "_misplaced"}
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 
