@@ -106,7 +106,7 @@ class ShardedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         """Notebook 05's order of the rows: those of one step are of similar length."""
-        arguments, lengths = self.args, [len(ids) for ids in self.train_dataset["input_ids"]]
+        arguments, lengths = self.args, [len(row["input_ids"]) for row in self.train_dataset]
         step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         return SimilarLengths(lengths, step, arguments.seed)
 
