@@ -6,6 +6,7 @@ import re
 import headers
 import nbformat
 import pytest
+import run_nbval
 import test_exercises
 from conftest import ROOT
 
@@ -61,6 +62,11 @@ def test_the_pictures_are_there():
     assert found["05"] >= 4
     assert found["06"] >= 1
     assert found["07"] >= 1
+
+
+@pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_nbval_will_take_the_stored_form(path):
+    assert run_nbval.problems(path) == []
 
 
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name}-{path.stem}")

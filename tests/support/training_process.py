@@ -59,6 +59,10 @@ def _start(log: Path, environment: dict[str, str]) -> None:
     for name in [n for n in os.environ if n.startswith(("COURSE_", "SWANLAB_"))]:
         del os.environ[name]
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # torch has read it before the fork
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     os.chdir(ROOT / "notebooks" / "en")
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
