@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 2 -m finetune train        two GPUs; each keeps half of the experts
     python -m finetune chat                              talk to the trained persona
     python -m finetune merge output/merged               the adapter into a checkpoint of the original's layout
+    python -m finetune export gguf output/gguf           the persona for other engines; the forms: finetune/export.py
 
 Each command has its own flags: `python -m finetune train --help`.
 """
@@ -42,6 +43,9 @@ OTHER_NAMES = {
     "--model": "COURSE_MODEL",
     "--plan": "the command plan",
     "--merge": "the command merge",
+    "--export": "the command export",
+    "--outtype": "--type",
+    "--quantize": "--type",
 }
 
 
@@ -90,6 +94,12 @@ def parser() -> Parser:
     one.add_argument("--beams", type=int, default=1, help="more than 1: beam search in the place of greedy decoding")
     one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
     one.add_argument("folder", help="a new folder for the merged checkpoint")
+    one = commands.add_parser("export", help="write the persona for other engines", parents=[common], **how)
+    one.add_argument(
+        "form", choices=("adapter", "split", "merged", "gguf", "gguf-merged"), help="notebook 09 has a table"
+    )
+    one.add_argument("folder", help="a new folder")
+    one.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="numbers in a GGUF file")
     COMMANDS[:] = commands.choices.values()
     return top
 
@@ -127,6 +137,11 @@ def run(chosen: argparse.Namespace) -> None:
         if not there:
             print(say("No tokens of notebook 04 yet: planned for 3,729 rows of 61 tokens, a third of them labels."))
         print(train.make_plan(options_of(chosen), train.tokenized(course) if there else None).text())
+    elif chosen.command == "export":
+        from finetune import export
+
+        count = export.export(chosen.form, Path(chosen.folder), utils.settings(), chosen.type)
+        print(say("{count:,} tensors; in {folder}", count=count, folder=utils.shown(chosen.folder)))
     else:
         course = utils.settings()
         adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"

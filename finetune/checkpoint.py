@@ -151,7 +151,7 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
                 first=missed[0],
             )
         )
-    _require_room(out, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    require_room(out, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("*.safetensors"))
     for number, shard in enumerate(shards, 1):
@@ -173,7 +173,7 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
     return changed
 
 
-def _require_room(out: Path, total: int) -> None:
+def require_room(out: Path, total: int) -> None:
     """Raise a CourseError if the folder holds something already, or its disk has less than `total` bytes free."""
     if out.is_dir() and any(out.iterdir()):
         raise CourseError(
@@ -183,8 +183,7 @@ def _require_room(out: Path, total: int) -> None:
     if (free := shutil.disk_usage(parent).free) < 1.01 * total:
         raise CourseError(
             say(
-                "The merged checkpoint takes {total:.1f} GiB, {free:.1f} GiB are free at {folder}. "
-                "Nothing was written.",
+                "This takes {total:.1f} GiB of disk, {free:.1f} GiB are free at {folder}. Nothing was written.",
                 total=total / 2**30,
                 free=free / 2**30,
                 folder=shown(parent),
