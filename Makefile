@@ -53,11 +53,11 @@ dashboard: setup
 # Test files side by side; each works with one thread, so that they do not take the cores from each other.
 TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-# The exercises run last: those of notebook 06 use what the notebooks have left in output/test.
+# Last what uses the adapter that the notebooks have left in output/test: the exercises of 06 and 09, and 50 questions.
 test: lint
-	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py)
+	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py test_serving.py)
 	@$(BIN)/python tools/run_nbval.py notebooks/$(COURSE_LANGUAGE)
-	@$(BIN)/python -m pytest -q tests/test_exercises.py
+	@$(BIN)/python -m pytest -q tests/test_exercises.py tests/test_serving.py
 
 # After make test: the Chinese series too, on the training that the English one has left in output/test.
 test-both: test

@@ -42,7 +42,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Trained:
-    """What is exported: the folder of the base, that of the adapter, and the prompt that the adapter was trained with."""
+    """What is exported: the folders of the base and of the adapter, and the prompt of training."""
 
     base: Path
     adapter: Path

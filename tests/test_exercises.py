@@ -25,6 +25,7 @@ NOT_NEEDED = {
     "05_lora_training": ("05-39", "05-67"),
     "07_failure_lab": ("07-18", "07-97"),
     "08_full_size": ("08-28", "08-58"),
+    "09_serving": ("09-19", "09-50"),
 }
 #: The words that every exercise has, in both languages.
 TITLE = re.compile(r"### ((?:Exercise|练习) \d · (reading|changing|building|读懂|改动|动手写).*)")
@@ -36,6 +37,7 @@ READS = {
     "05_lora_training": ["tokens"],
     "06_inference": ["rows", "tokens", "lora"],
     "08_full_size": ["tokens", "lora"],
+    "09_serving": ["rows", "lora"],
 }
 
 

@@ -20,8 +20,8 @@ def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
 
-def test_there_are_eight():
-    assert [path.stem[:2] for path in PATHS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
+def test_there_are_nine():
+    assert [path.stem[:2] for path in PATHS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
 
 
 def test_two_to_four_exercises_with_hint_check_and_solution(notebook):

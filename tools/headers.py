@@ -32,6 +32,7 @@ NEEDS = {
     "05_lora_training": "04_chat_template",
     "06_inference": "05_lora_training",
     "08_full_size": "05_lora_training",
+    "09_serving": "05_lora_training",
 }
 #: How far a run may lie from the header: a slower or busier machine is no fault, a forgotten header is.
 TIME_FACTOR, TIME_SLACK_SECONDS = 3.0, 20.0
