@@ -39,6 +39,7 @@ MADE = {"header", "footer"}  # tags of the cells that headers.py writes
 HELPERS = (
     "utils.py",
     "course/download.py",
+    "course/llama.py",
     "course/model_folder.py",
     "course/plots.py",
     "course/row_checks.py",
@@ -52,6 +53,8 @@ HELPERS = (
     "finetune/resume.py",
     "finetune/lora.py",
     "finetune/checkpoint.py",
+    "finetune/export.py",
+    "finetune/gguf_file.py",
     "finetune/parallel.py",
     "finetune/packing.py",
     "finetune/train.py",
