@@ -240,7 +240,6 @@ def main() -> None:
         server = serve(chosen.model, chosen.adapter, port, chosen.threads, chosen.context)
     except RuntimeError as error:  # llama.cpp has printed why
         sys.exit(str(error))
-    print(f"http://{HOST}:{port}", flush=True)
     if chosen.until_closed:
         sys.stdin.buffer.read()
         os._exit(0)  # llama.cpp's threads need not be waited for

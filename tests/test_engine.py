@@ -827,7 +827,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(real, adapter, tm
     usage = shutil.disk_usage(tmp_path)._replace(free=sum(p.stat().st_size for p in real.glob("*.safetensors")))
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage)
-    with pytest.raises(utils.CourseError, match=r"takes 0\.\d GiB, 0\.\d GiB are free.* Nothing was written"):
+    with pytest.raises(utils.CourseError, match=r"takes 0\.\d GiB of disk, 0\.\d GiB are free.* Nothing was written"):
         checkpoint.merge(real, adapter, tmp_path / "a" / "b")
     assert asked == [tmp_path] and not (tmp_path / "a").exists()
 
