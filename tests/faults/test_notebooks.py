@@ -200,7 +200,7 @@ def test_training_without_notebook_04_stops_at_every_cell_that_needs_it(output, 
         if path.is_file():
             path.unlink()
     with opened("05_lora_training", output) as learner:
-        last = learner.holding("trainer = Trainer(")
+        last = learner.holding("trainer = GroupedTrainer(")
         said = {number: learner.run(number) for number in learner.code if number <= last}
     assert said[learner.code[0]][0] == "CourseError"
     assert "Run notebook 04_chat_template first" in said[learner.code[0]][1]
