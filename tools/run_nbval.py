@@ -1,4 +1,4 @@
-"""Checks notebooks against their stored outputs: `python tools/run_nbval.py FOLDER [--share] [--cell-seconds N]`.
+"""Checks notebooks against their stored outputs: `python tools/run_nbval.py FOLDER [--share] [--skip NAME] [--cell-seconds N]`.
 
 First what needs no kernel: every code cell was executed in one clean run, and a cell whose output is not compared says
 why. Then nbval, strict, in the order of the file names, with a fresh `output/test` for all that the notebooks write.
@@ -64,13 +64,14 @@ def share_training(output: Path) -> None:
     shutil.rmtree(output / "hub", ignore_errors=True)  # notebook 02 shows what a first download sends
 
 
-def main(folder: Path, cell_seconds: int, share: bool = False) -> int:
-    """0 when all is as stored."""
+def main(folder: Path, cell_seconds: int, share: bool = False, skip: tuple[str, ...] = ()) -> int:
+    """0 when all is as stored; of the notebooks in `skip` only what needs no kernel is looked at."""
     paths = sorted(folder.glob("*.ipynb"))
     found = [line for path in paths for line in problems(path)]
     if found or not paths:
         print("\n".join(found) or f"{folder}: no notebooks there")
         return 1
+    paths = [path for path in paths if path.stem not in skip]
     output = "output/test"
     if share:
         share_training(ROOT / output)
@@ -97,5 +98,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--share", action="store_true", help="resume the training that is in output/test")
     parser.add_argument("--cell-seconds", type=int, default=CELL_SECONDS)
+    parser.add_argument("--skip", action="append", default=[], help="name of a notebook that is not executed")
     chosen = parser.parse_args()
-    sys.exit(main(chosen.folder.resolve(), chosen.cell_seconds, chosen.share))
+    sys.exit(main(chosen.folder.resolve(), chosen.cell_seconds, chosen.share, tuple(chosen.skip)))
