@@ -1,4 +1,4 @@
-"""Checks notebooks against their stored outputs: `python tools/run_nbval.py FOLDER [--share] [--skip NAME] [--cell-seconds N]`.
+"""Checks notebooks against their stored outputs: `python tools/run_nbval.py FOLDER [--share] [--skip NAME] ...`.
 
 First what needs no kernel: every code cell was executed in one clean run, and a cell whose output is not compared says
 why. Then nbval, strict, in the order of the file names, with a fresh `output/test` for all that the notebooks write.

@@ -351,7 +351,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_said_before_training(prepare
     run = course.notebook()
     assert run.end() == 1
     assert_clear(
-        run, r"Three checkpoints take 0\.04 GiB, 0\.0[34] GiB are free\. Free some, or set COURSE_OUTPUT to another disk\."
+        run,
+        r"Three checkpoints take 0\.04 GiB, 0\.0[34] GiB are free\. Free some, or set COURSE_OUTPUT to another disk\.",
     )
     assert step(run) == -1
     fault.record(
