@@ -73,7 +73,7 @@ test-browser: setup
 	@command -v $(CHROMIUM) >/dev/null \
 		|| { echo "Chromium is missing. On Debian: apt-get install chromium fonts-noto-cjk; else name one with CHROMIUM=path"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r tests/browser/requirements.txt
-	@$(BIN)/python -m pytest -q tests/browser
+	@$(if $(LONG),BROWSER_LONG=1) $(BIN)/python -m pytest -q tests/browser
 
 # Times LoRA training at the full size on the GPUs of this machine, with random weights.
 benchmark: setup

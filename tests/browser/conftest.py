@@ -30,15 +30,6 @@ RUN_ALL = """() => {
     window.ran = null
     jupyterapp.commands.execute('notebook:run-all-cells').then(ok => window.ran = [ok], no => window.ran = [`${no}`])
 }"""
-RUN_THESE = """async names => {
-    window.ran = null
-    const content = jupyterapp.shell.currentWidget.content
-    for (const name of names) {
-        content.activeCellIndex = content.widgets.findIndex(cell => cell.model.id === name)
-        await jupyterapp.commands.execute('notebook:run-cell')
-    }
-    window.ran = [true]
-}"""
 #: In the place of what only a person's own JupyterLab has: no window is opened, and the page can be asked.
 TESTED = {
     "ServerApp": {"open_browser": False, "port": 0, "allow_root": True},
@@ -93,13 +84,6 @@ class Sheet:
         """Run All, as its command in the menu does, and wait for the end."""
         self.page.evaluate(RUN_ALL)
         self.page.wait_for_function("window.ran", timeout=minutes * 60_000)
-        self.page.wait_for_function(KERNEL_IDLE)
-
-    def run_these(self, names: list[str], minutes: float = 1) -> None:
-        """Run some cells, one after the other, as by Ctrl+Enter."""
-        self.page.set_default_timeout(minutes * 60_000)
-        self.page.evaluate(RUN_THESE, names)
-        self.page.set_default_timeout(30_000)
         self.page.wait_for_function(KERNEL_IDLE)
 
     def cells(self) -> list[dict]:

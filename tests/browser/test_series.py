@@ -1,12 +1,12 @@
-"""Each notebook in JupyterLab: run, then everything a learner can click, fold out, follow or reach by keyboard.
+"""Each notebook in JupyterLab: Run All, then everything a learner can click, fold out, follow or reach by keyboard.
 
-Most are run by Run All. Of those that compute for minutes only the cells that the widgets need are run; the others show
-their stored outputs, which `make test` has compared with a run of its own.
+The long ones only on demand; `make test` has run all their cells.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote, urlsplit
@@ -20,13 +20,10 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks" / "en").glob("0*.ip
 CONTROLS = ".jupyter-widgets :is(input, select, textarea, button, [role=slider])"
 #: Who may write to the error stream, which JupyterLab shows on red, and what.
 RED_BY_INTENT = {"02_download": "the client's own words while it tries a broken download again"}
-#: What is run of a long notebook: from one cell to another.
-RUN = {
-    "05_lora_training": [("05-01", "05-16b")],
-    "06_inference": [("06-01", "06-13"), ("06-49", "06-52")],
-    "07_failure_lab": [("07-01", "07-17")],
-    "08_full_size": [("08-01", "08-08")],
-}
+#: They compute for minutes: looked at with BROWSER_LONG set, `make test-browser LONG=1`.
+LONG = ("05_lora_training", "06_inference", "07_failure_lab", "08_full_size")
+if not os.environ.get("BROWSER_LONG"):
+    NOTEBOOKS = [name for name in NOTEBOOKS if name not in LONG]
 ANSWER_SECONDS = 120
 SOMETHING = re.compile(r"\S")
 
@@ -36,28 +33,13 @@ def sheet(request: pytest.FixtureRequest, lab: Lab, context: Callable[[], Browse
     """A notebook that was run, in the order of the series; its kernel lives until the next one's turn."""
     sheet = Sheet(request.param, lab, context().new_page())
     sheet.open()
-    if names := to_run(sheet):
-        sheet.run_these(names, minutes=10)
-    else:
-        sheet.run_all(minutes=10)
+    sheet.run_all(minutes=45)
     yield sheet
     sheet.close()
 
 
-def to_run(sheet: Sheet) -> list[str]:
-    """The code cells of a long notebook that are run, by id; none for one that is run as a whole."""
-    cells, found = sheet.cells(), []
-    names = [cell["id"] for cell in cells]
-    for first, last in RUN.get(sheet.name, []):
-        part = cells[names.index(first) : names.index(last) + 1]
-        found += [cell["id"] for cell in part if cell["cell_type"] == "code"]
-    return found
-
-
 def test_every_cell_ran_and_none_is_red(sheet):
     cells = [cell for cell in sheet.cells() if cell["cell_type"] == "code"]
-    ran = to_run(sheet)
-    cells = [cell for cell in cells if cell["id"] in ran or not ran]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert [output["ename"] for output in outputs if output["output_type"] == "error"] == []
