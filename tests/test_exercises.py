@@ -23,7 +23,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks" / LANGUAGE).glob("*.ipynb"))
 #: What the exercises of a notebook do not use and what would take minutes: from the first cell up to the second.
 NOT_NEEDED = {
     "05_lora_training": ("05-39", "05-67"),
-    "06_inference": ("06-28", "06-59"),
     "07_failure_lab": ("07-18", "07-97"),
     "08_full_size": ("08-28", "08-58"),
     "09_serving": ("09-19", "09-50"),
