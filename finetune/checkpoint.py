@@ -126,6 +126,25 @@ def updates(adapter: Path, config: Any) -> dict[str, Callable[[], torch.Tensor]]
     return made
 
 
+def fitting_updates(folder: Path, adapter: Path, config: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """`updates`, after seeing that the checkpoint in `folder` is whole and has every tensor that they change.
+
+    Raises:
+        CourseError: it is damaged, or the adapter is of another model.
+    """
+    headers, change = check_shards(folder), updates(adapter, config)
+    if missed := sorted(set(change) - set(headers)):
+        raise CourseError(
+            say(
+                "{count} tensors of the adapter are not in {folder}: {first}, ...",
+                count=len(missed),
+                folder=shown(folder),
+                first=missed[0],
+            )
+        )
+    return change
+
+
 def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] = print) -> int:
     """The checkpoint with the adapter's update added, one shard in memory at a time.
 
@@ -140,17 +159,7 @@ def merge(folder: Path, adapter: Path, out: Path, report: Callable[[str], None] 
     """
     config = AutoConfig.from_pretrained(folder)
     adapter_fits(adapter, config)
-    headers = check_shards(folder)
-    change, changed = updates(adapter, config), 0
-    if missed := sorted(set(change) - set(headers)):
-        raise CourseError(
-            say(
-                "{count} tensors of the adapter are not in {folder}: {first}, ...",
-                count=len(missed),
-                folder=shown(folder),
-                first=missed[0],
-            )
-        )
+    change, changed = fitting_updates(folder, adapter, config), 0
     require_room(out, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("*.safetensors"))

@@ -11,9 +11,12 @@ A form is written beside its final name and renamed when it is whole and has bee
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -29,14 +32,17 @@ import utils
 from course.language import say
 from course.model_folder import model_folder
 from finetune import checkpoint, gguf_file
-from finetune.config import GROUPS, mtp_layer_prefix
+from finetune.config import mtp_layer_prefix
 from finetune.lora import adapter_fits
+from finetune.resume import FULL_DISK
 from utils import CourseError, shown
 
 FORMS = ("adapter", "split", "merged", "gguf", "gguf-merged")
 BASE_FILE, ADAPTER_FILE, MERGED_FILE = "base.gguf", "adapter.gguf", "merged.gguf"
 #: The layers that an adapter split by expert names; all of them exist as modules in vLLM and SGLang.
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+#: How numpy, which the library of GGUF writes with, says that a file came out short: only a full disk does that.
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 GIB = 2**30
 
 
@@ -65,13 +71,13 @@ class Trained:
         return made
 
 
-def require_trained(adapter: Path) -> dict[str, int]:
-    """Matrices in the adapter by group of weights, after seeing that each has been trained.
+def require_trained(adapter: Path) -> int:
+    """How many matrices the adapter holds, after seeing that none is missing and each has been trained.
 
     Raises:
-        CourseError: a matrix without a rank, one whose partner is missing, or a `lora_B` that is zero throughout.
+        CourseError: a matrix without a rank, one whose partner is missing, a target of the adapter's configuration
+            for which there is none, or a `lora_B` that is zero throughout.
     """
-    counts = dict.fromkeys(GROUPS, 0)
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         names = set(file.keys())
         empty = [name for name in sorted(names) if not prod(file.get_slice(name).get_shape())]
@@ -86,6 +92,15 @@ def require_trained(adapter: Path) -> dict[str, int]:
                     tensor=wrong[0],
                 )
             )
+        if empty := empty_targets(adapter, names):
+            raise CourseError(
+                say(
+                    "{folder}: its adapter_config.json names {target}, and the adapter holds nothing for it. Train it "
+                    "again (notebook 05_lora_training). Nothing was written.",
+                    folder=shown(adapter),
+                    target=", ".join(empty[:3]),
+                )
+            )
         zero = [name for name in sorted(pairs.values()) if not bool(file.get_tensor(name).any())]
     if zero:
         raise CourseError(
@@ -98,9 +113,20 @@ def require_trained(adapter: Path) -> dict[str, int]:
                 tensor=zero[0],
             )
         )
-    for name in pairs:
-        counts[next(group for group, part in GROUPS.items() if part in name)] += 2
-    return counts
+    return len(names)
+
+
+def empty_targets(adapter: Path, names: Iterable[str]) -> list[str]:
+    """Targets of the adapter's configuration for which none of the matrices `names` is there."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    lists = [settings.get(key) for key in ("target_modules", "target_parameters")]
+    targets = sorted(target for one in lists if isinstance(one, list) for target in one)  # peft saves a set
+    fused = [target for target in targets if ".experts." in target]
+    found = [target for target in targets if any(f"{target.removesuffix('.weight')}.lora_A." in name for name in names)]
+    # peft nests the wrappers of the fused tensors, so the names tell how many there are and not which.
+    nested = {name.rpartition(".mlp.experts.")[2] for name in names if re.search(r"\.mlp\.experts\.(?!\d)", name)}
+    whole = fused if len(nested) == 2 * len(fused) else []
+    return [target for target in targets if target not in (*found, *whole)]
 
 
 # ------------------------------------------------------------------------------------------------------- the forms
@@ -141,15 +167,18 @@ def new_folder(out: Path, disk: int) -> Iterator[Path]:
     checkpoint.require_room(out, disk)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # what a killed export left
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         yield part
         if out.is_dir():
             out.rmdir()  # empty, as `require_room` has seen
         part.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if FULL_DISK.search(str(error)) or SHORT_WRITE.search(str(error)):
+            reason = os.strerror(errno.ENOSPC)
         raise CourseError(
-            say("{folder}: {error}. What had been written there is deleted.", folder=shown(out), error=error.strerror)
+            say("{folder}: {error}. What had been written there is deleted.", folder=shown(out), error=reason)
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -176,7 +205,7 @@ def needed(form: str, trained: Trained, kind: str) -> tuple[int, int]:
 def _adapter(trained: Trained, out: Path, kind: str, report: Callable[[str], None]) -> int:
     for path in trained.adapter.iterdir():
         shutil.copy2(path, out)
-    return sum(require_trained(out).values())
+    return require_trained(out)
 
 
 def _split(trained: Trained, out: Path, kind: str, report: Callable[[str], None]) -> int:
@@ -191,7 +220,8 @@ def _split(trained: Trained, out: Path, kind: str, report: Callable[[str], None]
                 )
     save_file(made, out / "adapter_model.safetensors", {"format": "pt"})
     settings = json.loads((trained.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings |= {"target_modules": MODULES, "target_parameters": None}
+    modules = [module for module in MODULES if any(f".{module}.lora_A." in name for name in made)]
+    settings |= {"target_modules": modules, "target_parameters": None}
     (out / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     for path in trained.adapter.iterdir():
         if path.name not in ("adapter_model.safetensors", "adapter_config.json"):
@@ -221,12 +251,7 @@ def _gguf(trained: Trained, out: Path, kind: str, report: Callable[[str], None])
 
 
 def _gguf_merged(trained: Trained, out: Path, kind: str, report: Callable[[str], None]) -> int:
-    changes = checkpoint.updates(trained.adapter, trained.config)
-    if missed := set(changes) - set(checkpoint.check_shards(trained.base)):
-        raise CourseError(
-            say("{count} tensors of the adapter are not in {folder}: {first}, ...",
-                count=len(missed), folder=shown(trained.base), first=min(missed))
-        )  # fmt: skip
+    changes = checkpoint.fitting_updates(trained.base, trained.adapter, trained.config)
     count = gguf_file.write_model(trained.base, trained.config, out / MERGED_FILE, kind, changes)
     report(say("{count} tensors in {file}", count=count, file=MERGED_FILE))
     _require(count == len(gguf_file.names_in(out / MERGED_FILE)), out)

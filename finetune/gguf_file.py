@@ -259,6 +259,6 @@ def write(writer: GGUFWriter, found: list[Entry]) -> None:
         writer.close()
 
 
-def names_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a GGUF file, read back from it."""
-    return {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in gguf.GGUFReader(path).tensors}
+def names_in(path: Path) -> set[str]:
+    """Names of the tensors in a GGUF file, read back from it."""
+    return {tensor.name for tensor in gguf.GGUFReader(path).tensors}

@@ -210,6 +210,11 @@ def damaged(output, tmp_path, monkeypatch, change):
     return utils.settings()
 
 
+def without(found, part):
+    """The tensors whose names do not hold this part."""
+    return {name: tensor for name, tensor in found.items() if part not in name}
+
+
 ONE = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
 
 
@@ -222,6 +227,16 @@ ONE = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
         ),
         (lambda found: {name: tensor for name, tensor in found.items() if name != ONE}, "q_proj.lora_B.* no partner"),
         (lambda found: found | {ONE: torch.zeros(384, 0)}, "q_proj.lora_B.weight has no rank"),
+        (
+            lambda found: without(found, "shared_experts"),
+            "names shared_experts.down_proj.weight, shared_experts.gate",
+        ),
+        (lambda found: without(found, ".mlp.experts."), "names mlp.experts.down_proj, mlp.experts.gate_up_proj, and"),
+        (
+            lambda found: without(found, ".mlp.experts.base_layer."),
+            "names mlp.experts.down_proj, mlp.experts.gate_up_proj, and",
+        ),
+        (lambda found: without(found, ".v_proj."), "names v_proj, and the adapter holds"),
     ],
 )
 def test_an_adapter_that_holds_nothing_somewhere_is_refused(output, tmp_path, monkeypatch, change, said):
@@ -270,6 +285,23 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(course, tmp_path, monk
     with pytest.raises(utils.CourseError, match=r"out: No space left on device. What had been written there"):
         quiet("gguf", tmp_path / "out", course)
     assert len(written) == 20 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+def test_a_disk_that_is_full_is_one_message_in_every_form(course, tmp_path, monkeypatch, form):
+    """On a real small disk: each library says it in words of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # what another program takes after the check
+        with pytest.raises(utils.CourseError, match=r"out: No space left on device. What had been written there"):
+            quiet(form, disk / "out", course)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_after_a_killed_export_the_next_one_starts_anew(course, tmp_path):
