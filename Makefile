@@ -57,7 +57,7 @@ TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist lo
 test: lint
 	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py test_serving.py)
 	@$(BIN)/python tools/run_nbval.py notebooks/$(COURSE_LANGUAGE)
-	@$(BIN)/python -m pytest -q tests/test_exercises.py tests/test_serving.py
+	@$(TOGETHER:loadfile=load) tests/test_exercises.py tests/test_serving.py
 
 # After make test: the Chinese series too, on the training that the English one has left in output/test. Those named in
 # SKIP are not executed.

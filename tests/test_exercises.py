@@ -23,6 +23,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks" / LANGUAGE).glob("*.ipynb"))
 #: What the exercises of a notebook do not use and what would take minutes: from the first cell up to the second.
 NOT_NEEDED = {
     "05_lora_training": ("05-39", "05-67"),
+    "06_inference": ("06-28", "06-59"),
     "07_failure_lab": ("07-18", "07-97"),
     "08_full_size": ("08-28", "08-58"),
     "09_serving": ("09-19", "09-50"),
@@ -86,7 +87,7 @@ def with_answers(notebook: nbformat.NotebookNode, skip: tuple[str, str] | None) 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_exercise_tells_right_from_wrong(path, monkeypatch):
-    output = ROOT / "output" / "exercises"
+    output = ROOT / "output" / "exercises" / path.stem
     shutil.rmtree(output, ignore_errors=True)
     for name in READS.get(path.stem, []):
         assert (ROOT / "output" / "test" / name).is_dir(), "run tools/run_nbval.py notebooks/en first"
