@@ -8,6 +8,7 @@ import nbformat
 import pytest
 import run_nbval
 import test_exercises
+import utils
 from conftest import ROOT
 
 PATHS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
@@ -67,6 +68,13 @@ def test_the_pictures_are_there():
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_nbval_will_take_the_stored_form(path):
     assert run_nbval.problems(path) == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_notebook_01_was_stored_with_the_pins_of_today(language):
+    """A new pin changes one line of 01's outputs; here it shows in the first minute, not after the long notebooks."""
+    stored = (ROOT / "notebooks" / language / "01_environment.ipynb").read_text(encoding="utf-8")
+    assert f"all {len(utils.pins())} pinned packages" in stored, "store notebook 01 again"
 
 
 @pytest.mark.parametrize("path", BOTH, ids=lambda path: f"{path.parent.name}-{path.stem}")
