@@ -8,8 +8,9 @@ import nbformat
 import pytest
 import run_nbval
 import test_exercises
-import utils
 from conftest import ROOT
+
+import utils
 
 PATHS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
 BOTH = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
