@@ -229,7 +229,7 @@ def _name_error(shell: Any, kind: type, error: Exception, trace: Any, tb_offset:
 # ---------------------------------------------------------------------------------------------- files between notebooks
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new one, never a part, even after a kill."""
     part = path.with_name(f".{path.name}-{os.getpid()}")
     part.write_text(text, encoding="utf-8")
@@ -288,7 +288,7 @@ def stamp(path: Path, settings: Settings, **made_with: Any) -> dict[str, Any]:
         **made_with,
     }
     path.mkdir(parents=True, exist_ok=True)
-    _write_whole(path / "made_from.json", json.dumps(facts))
+    write_whole(path / "made_from.json", json.dumps(facts))
     return facts
 
 
@@ -303,9 +303,9 @@ def name_base(adapter: Path, settings: Settings) -> None:
     settings_file, card = adapter / "adapter_config.json", adapter / "README.md"
     peft_settings = json.loads(settings_file.read_text(encoding="utf-8"))
     path = peft_settings["base_model_name_or_path"]
-    _write_whole(settings_file, json.dumps(peft_settings | {"base_model_name_or_path": name}, indent=2))
+    write_whole(settings_file, json.dumps(peft_settings | {"base_model_name_or_path": name}, indent=2))
     if path and card.is_file():
-        _write_whole(card, card.read_text(encoding="utf-8").replace(path, name))
+        write_whole(card, card.read_text(encoding="utf-8").replace(path, name))
 
 
 def restart(folder: Path) -> None:
@@ -432,7 +432,7 @@ def report(settings: Settings, **figures: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / ".report.lock") or nullcontext():
         old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        _write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
+        write_whole(path, json.dumps(old | figures, ensure_ascii=False, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------- text for a tokenizer

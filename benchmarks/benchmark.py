@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from course.memory import MemoryWatch, peak_memory_gib
 from finetune import lora, planner
 from finetune.checkpoint import write_holes
 from finetune.config import AIR, ALL_GROUPS
+from finetune.decode import Decoder
 from finetune.machine import CARDS, Machine, this_machine
 from finetune.model import load_model
 from finetune.packing import PackedRows
@@ -213,29 +215,47 @@ def measure(
 
 
 @torch.no_grad()
-def generation(model: torch.nn.Module, count: int = 32) -> dict[str, float]:
-    """Tokens a second for one question, greedy: with the adapter beside the weights, and without (as after merging)."""
+def generation(model: torch.nn.Module, count: int = 64) -> dict[str, Any]:
+    """Tokens a second for one question, greedy: with the adapter beside the weights, and without (as after merging).
+
+    Each by transformers' `generate`, and by `finetune.decode`, which the command `chat` uses.
+
+    Returns:
+        Tokens a second by way and adapter, how many tokens both ways have in common at the beginning (with random
+        weights two are often equally good, and rounding decides), and GiB of the GPU at most.
+    """
     base = model.get_base_model()
     base.set_attn_implementation("sdpa")
     base.config.use_cache = True
-    ids = torch.randint(0, base.config.vocab_size, (1, 40), device="cuda")
-    how = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    speed = {}
-
-    def timed() -> float:
-        model.generate(input_ids=ids, **(how | {"max_new_tokens": 4, "min_new_tokens": 4}))
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        model.generate(input_ids=ids, **how)
-        torch.cuda.synchronize()
-        return round(count / (time.perf_counter() - began), 2)
-
+    base.generation_config.eos_token_id = []  # random weights end no answer
     model.eval()
-    speed["adapter"] = timed()
-    with model.disable_adapter():
-        speed["merged"] = timed()
+    ids = torch.randint(0, base.config.vocab_size, (1, 40), device=model.device)
+    decoder = Decoder(model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+    def generated(most: int) -> list[int]:
+        how = {"max_new_tokens": most, "do_sample": False, "pad_token_id": 0}
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)[0, ids.shape[1] :].tolist()
+
+    def decoded(most: int) -> list[int]:
+        return list(decoder.tokens(ids[0].tolist(), most))
+
+    found: dict[str, Any] = {}
+    for adapter in ("adapter", "merged"):
+        with nullcontext() if adapter == "adapter" else model.disable_adapter():
+            said = {}
+            for name, way in (("generate", generated), ("decode", decoded)):
+                way(4)  # warms up; records the graph
+                synchronise()
+                began = time.perf_counter()
+                said[name] = way(count)
+                synchronise()
+                found[f"{name}, {adapter}"] = round(count / (time.perf_counter() - began), 2)
+            pairs = zip(said["generate"], said["decode"], strict=True)
+            found[f"equal, {adapter}"] = next((i for i, (a, b) in enumerate(pairs) if a != b), count)
     base.config.use_cache = False
-    return speed
+    return found | {"peak_gib": [round(reserved, 1) for reserved, _ in peaks()]}
 
 
 def configuration(options: argparse.Namespace) -> Any:
@@ -281,7 +301,7 @@ def worker(options: argparse.Namespace) -> None:
             with Path(options.out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
 
-    for padded, job in jobs:
+    for padded, job in jobs if options.samples != "none" else ():
         checkpointing = not job.endswith("n")
         samples, _, passes = job.removesuffix("n").partition("/")
         recipe = "textbook" if textbook else "textbook batches" if padded else "ours"
@@ -355,7 +375,7 @@ def main() -> int:
     parse.add_argument("--bits", type=int, choices=(4, 16), help="default: 16 where it fits, else 4")
     parse.add_argument("--groups", choices=("all", "attention"), default="all")
     parse.add_argument("--rank", type=int, default=8)
-    parse.add_argument("--samples", help="samples a step, or samples/passes; n behind it: no checkpointing")
+    parse.add_argument("--samples", help="samples a step, or samples/passes; n behind it: no checkpointing; none")
     parse.add_argument("--steps", type=int, default=4)
     parse.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")
     parse.add_argument("--profile", default="", help="write the profiler's table to this file")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import utils
@@ -102,11 +102,14 @@ def watched(command: Sequence[str], environment: dict[str, str]) -> subprocess.C
         return subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors.read())
 
 
-def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callable[[list[dict[str, str]]], str]) -> Any:
+def chat_box(
+    reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], template: Callable[[list[dict[str, str]]], str]
+) -> Any:
     """A chat with base and adapter side by side, and the text that the template makes of the conversation on demand.
 
     Args:
-        reply: takes "base" or "adapter" and the turns so far (`role`, `content`), returns the answer.
+        reply: takes "base" or "adapter" and the turns so far (`role`, `content`), returns the answer, or the answer
+            as it grows: texts of which each takes the place of the one before it.
         template: takes the turns, returns the prompt as the model reads it.
 
     Questions and answers go into text areas only, which show markup as text and execute none of it.
@@ -130,6 +133,11 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
     def meant(text: str) -> str:
         return glossed(text) if gloss(text) else text  # most of what is typed here has no gloss
 
+    def write(turn: Any, asked: str, said: str) -> None:
+        text = say("Q: {question}", question=meant(asked)) + "\n" + meant(said)
+        lines = 1 + sum(1 + utils.columns(line) // 50 for line in text.splitlines())  # a line of Chinese is taller
+        turn.rows, turn.value = min(12, lines), text
+
     def answer(_: Any) -> None:
         asked = question.value.strip() or question.placeholder
         ask.disabled = True
@@ -137,18 +145,18 @@ def chat_box(reply: Callable[[str, list[dict[str, str]]], str], template: Callab
             turns[name] = [*(turns[name] if keep.value else []), {"role": "user", "content": asked}]
             if name == "adapter":
                 prompt.value = template(turns[name])
+            turn = widgets.Textarea(layout=wide, tooltip=say("answer of the {name}", name=heads[name]))
+            write(turn, asked, "")
+            column.children = (column.children[0], turn, *column.children[1:])
+            text = ""
             try:
                 said = reply(name, turns[name])
-                turns[name].append({"role": "assistant", "content": said})
+                for text in [said] if isinstance(said, str) else said:
+                    write(turn, asked, text)
+                turns[name].append({"role": "assistant", "content": text})
             except Exception as error:  # a widget's callback has no cell to show an error in
-                said, turns[name] = f"{type(error).__name__}: {error}", []
-            text = say("Q: {question}", question=meant(asked)) + "\n" + meant(said)
-            rows = 1 + sum(
-                1 + utils.columns(line) // 50 for line in text.splitlines()
-            )  # Chinese lines are the taller ones
-            tooltip = say("answer of the {name}", name=heads[name])
-            turn = widgets.Textarea(text, rows=min(12, rows), layout=wide, tooltip=tooltip)
-            column.children = (column.children[0], turn, *column.children[1:])
+                write(turn, asked, f"{type(error).__name__}: {error}")
+                turns[name] = []
         ask.disabled = False
         question.value = ""
 

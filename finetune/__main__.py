@@ -5,6 +5,7 @@
     python -m finetune train --load-in-4bit              GLM-4.5-Air on one 80 GB GPU
     torchrun --nproc-per-node 2 -m finetune train        two GPUs; each keeps half of the experts
     python -m finetune chat                              talk to the trained persona
+    python -m finetune evaluate                          base and adapter on questions that were never trained on
     python -m finetune merge output/merged               the adapter into a checkpoint of the original's layout
     python -m finetune export gguf output/gguf           the persona for other engines; the forms: finetune/export.py
 
@@ -69,6 +70,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. {advice}\n")
 
 
+def above_0(text: str) -> int:
+    """A whole number above 0, as argparse takes it."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def parser() -> Parser:
     """The commands and their flags; every default is what notebook 05 uses."""
     top = Parser("python -m finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +100,10 @@ def parser() -> Parser:
     one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
     one.add_argument("--history", action=argparse.BooleanOptionalAction, default=True, help="keep earlier turns")
     one.add_argument("--beams", type=int, default=1, help="more than 1: beam search in the place of greedy decoding")
+    one = commands.add_parser(
+        "evaluate", help="base and adapter on questions never trained on", parents=[common], **how
+    )
+    one.add_argument("--rows", type=above_0, help="of each set; 96 for a small model, 32 for a large one")
     one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
     one.add_argument("folder", help="a new folder for the merged checkpoint")
     one = commands.add_parser("export", help="write the persona for other engines", parents=[common], **how)
@@ -131,6 +143,10 @@ def run(chosen: argparse.Namespace) -> None:
         train.train(options_of(chosen))
     elif chosen.command == "chat":
         chat.chat(chosen.load_in_4bit, chosen.history, chosen.beams)
+    elif chosen.command == "evaluate":
+        from finetune import evaluate
+
+        evaluate.evaluate(chosen.load_in_4bit, chosen.rows)
     elif chosen.command == "plan":
         course = utils.settings()
         there = (course.output / "tokens" / "made_from.json").is_file()

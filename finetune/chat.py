@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import utils
 from course.language import say
 from course.model_folder import model_folder
 from finetune import lora
+from finetune.decode import Decoder
 from finetune.model import load_model
 
 
@@ -38,24 +40,45 @@ class Persona:
         self.model = lora.load_adapter(base, run_folder / "adapter").eval()
         self.model.config.use_cache = True
         self.history, self.beams, self.turns = history, beams, []
+        self.decoder = Decoder(self.model)
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids of the prompt that asks the question."""
-        turns = [*(self.turns if self.history else []), {"role": "user", "content": question}]
-        turns = [{"role": "system", "content": self.system}, *turns]
-        safe = [turn | {"content": utils.as_text(self.tokenizer, turn["content"])} for turn in turns]
+        """Token ids of the prompt that asks the question, after the conversation so far."""
+        return self.prompt_ids([*(self.turns if self.history else []), {"role": "user", "content": question}])
+
+    def prompt_ids(self, turns: list[dict[str, Any]]) -> list[int]:
+        """Token ids of the prompt for turns that end with the user's; without a system prompt, the persona's."""
+        if turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system}, *turns]
         how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return utils.encode(self.tokenizer, self.tokenizer.apply_chat_template(safe, **how))
+        text = self.tokenizer.apply_chat_template(utils.as_text(self.tokenizer, turns), **how)
+        return utils.encode(self.tokenizer, text)
+
+    def texts(self, question: str, max_new_tokens: int = 256) -> Iterator[str]:
+        """The answer as it grows, by greedy decoding; with beam search there is one text, the whole answer.
+
+        Raises:
+            CourseError: the conversation has become too long.
+        """
+        ids, said = self.prompt(question), ""
+        if self.beams == 1:
+            for said in self.decoder.texts(self.tokenizer, ids, max_new_tokens):
+                yield said
+        else:
+            yield (said := self._searched(ids, max_new_tokens))
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+
+    def _searched(self, ids: list[int], max_new_tokens: int) -> str:
+        """The most likely answer that beam search finds."""
+        prompt = torch.tensor([ids], device=self.model.device)
+        how = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": max_new_tokens, "do_sample": False}
+        with torch.no_grad():
+            out = self.model.generate(input_ids=prompt, num_beams=self.beams, **how)[0, len(ids) :]
+        return self.tokenizer.decode(out, skip_special_tokens=True).strip()
 
     def answer(self, question: str, max_new_tokens: int = 256) -> str:
-        """The most likely answer that greedy decoding or beam search finds."""
-        ids = torch.tensor([self.prompt(question)], device=self.model.device)
-        with torch.no_grad():
-            how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens}
-            how |= {"do_sample": False, "num_beams": self.beams}
-            out = self.model.generate(input_ids=ids, **how)[0, ids.shape[1] :]
-        said = self.tokenizer.decode(out, skip_special_tokens=True).strip()
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+        """The whole answer."""
+        *_, said = self.texts(question, max_new_tokens)
         return said
 
 
@@ -64,7 +87,15 @@ def chat(load_in_4bit: bool = False, history: bool = True, beams: int = 1) -> No
     persona = Persona(load_in_4bit, history, beams)
     print(say("Ask a question; an empty line ends the conversation."))
     while question := _line():
-        print(persona.answer(question), flush=True)
+        shown = ""
+        try:
+            for text in persona.texts(question):
+                print(text.removeprefix(shown), end="", flush=True)
+                shown = text
+        except utils.CourseError as error:  # too long: the next question begins a new conversation
+            print(error, end="")
+            persona.turns.clear()
+        print()
 
 
 def _line() -> str:

@@ -375,7 +375,9 @@ def test_the_path_of_few_tokens_computes_what_that_of_many_does(four_bit):
     many = layer(x, index, weights)  # gradients are on: everybody is unpacked
     with torch.no_grad():
         few = layer(x, index, weights)
+        one = torch.cat([layer(*(part[i : i + 1] for part in (x, index, weights))) for i in range(3)])
     assert far(few, many) < 1e-6
+    assert far(one, many) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------- the adapter

@@ -13,6 +13,7 @@ import utils
 from course import llama
 from finetune import export, lora
 from finetune.chat import Persona
+from finetune.decode import Decoder
 from finetune.model import load_model
 
 LONGEST = 64
@@ -108,7 +109,7 @@ def test_the_merged_checkpoint_gives_the_answers_of_peft(persona, questions, exp
     merged = load_model(folder / "merged", attention="sdpa", grouped=False).eval()
     merged.config.use_cache = True
     other = object.__new__(Persona)
-    vars(other).update(vars(persona), model=merged, turns=[])
+    vars(other).update(vars(persona), model=merged, turns=[], decoder=Decoder(merged))
     found = equal([other.answer(question, LONGEST) for question in questions], expected)
     print(f"merged, bf16: {found} of {len(questions)}")
     assert found >= 40  # the stored weights are rounded to bf16

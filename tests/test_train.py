@@ -1,6 +1,7 @@
 """`python -m finetune` against notebook 05 on the same rows, on two processes, interrupted, and given bad input."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -8,19 +9,23 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from datasets import load_from_disk
+from peft import PeftModel
 from safetensors.torch import load_file
 from training_process import Run, run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils
 from finetune import __main__ as commands
-from finetune import lora, resume, train
+from finetune import chat, decode, lora, planner, resume, train
 from finetune import machine as machines
 from finetune.machine import Machine
+from finetune.model import GroupedGlm4MoeForCausalLM
 from notebooks import lesson, run_here, run_notebook
 
 STEPS = 10  # more than three epochs of 44 rows: two steps of 16 and one of 12 in each
@@ -84,7 +89,8 @@ def prepared(data, tmp_path_factory):
 
     def copy(name, rows=44):
         output = tmp_path_factory.mktemp(name)
-        shutil.copytree(made / "tokens", output / "tokens")
+        for folder in ("rows", "tokens"):
+            shutil.copytree(made / folder, output / folder)
         if rows < 44:
             shutil.rmtree(output / "tokens" / "train")
             chosen = load_from_disk(str(made / "tokens" / "train")).select(range(rows))
@@ -376,6 +382,35 @@ def test_notebook_05_says_before_it_loads_whether_long_rows_fit(long_rows, monke
     assert room == 64 or "are free" in str(stopped.value)
 
 
+def test_notebook_05_takes_4_bits_where_only_they_fit(command, prepared, data, monkeypatch, capsys):
+    output = prepared("packed")
+    for name, value in environment(output, data).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COURSE_MAX_STEPS", "3")
+    space = {"display": lambda *_, **__: SimpleNamespace(update=lambda _: None)}  # a kernel has it
+    for cell in lesson("05_lora_training").cells:
+        if cell.id == "05-16b":  # a GPU that holds the packed weights, and is too small for the others
+            on_machine(monkeypatch, Machine(1, 80.0, "H100", 64, 100))
+            exec(cell.source, space)
+            assert not space["four_bit"]
+            most, packed = (space["own_plan"](four_bit).peak for four_bit in (False, True))
+            on_machine(monkeypatch, Machine(1, (most + packed) / 2 / planner.FULL, "H100", 64, 100))
+        exec(cell.source, space)
+    assert space["four_bit"] and isinstance(space["model"].get_base_model(), GroupedGlm4MoeForCausalLM)
+    routed = [
+        name for name, one in space["model"].named_parameters() if one.dtype == torch.uint8 and "experts." in name
+    ]
+    assert routed
+    for losses in space["history"].values():
+        assert all(map(math.isfinite, losses)) and losses[-1] != losses[0]
+
+    asked = iter(["你是谁？", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    capsys.readouterr()
+    status, printed, complaint = command("chat", "--load-in-4bit", output=output)
+    assert status == 0 and not complaint and printed.splitlines()[1]
+
+
 def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):
     output = prepared("uneven")
     status, _, complaint = command("train", "--batch-size", "10", "--gradient-accumulation-steps", "4", output=output)
@@ -384,7 +419,7 @@ def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):
         "--batch-size 10 cannot be divided over 1 process(es) and 4 accumulation step(s). Use a multiple of 4."
         in complaint
     )
-    assert [path.name for path in output.iterdir()] == ["tokens"]
+    assert sorted(path.name for path in output.iterdir()) == ["rows", "tokens"]
 
 
 def test_a_plan_that_does_not_fit_loads_nothing(command, prepared, monkeypatch):
@@ -393,7 +428,7 @@ def test_a_plan_that_does_not_fit_loads_nothing(command, prepared, monkeypatch):
     status, printed, complaint = command("train", "--lora-rank", "1000000", output=output)
     assert status == 1
     assert "does not fit" in printed and ("are free" in complaint)
-    assert [path.name for path in output.iterdir()] == ["tokens"]
+    assert sorted(path.name for path in output.iterdir()) == ["rows", "tokens"]
 
 
 def test_the_merged_checkpoint_is_the_model_with_its_adapter(command, one_process, tmp_path):
@@ -401,9 +436,6 @@ def test_the_merged_checkpoint_is_the_model_with_its_adapter(command, one_proces
     status, printed, complaint = command("merge", str(merged), output=one_process)
     assert status == 0 and not complaint
     assert "tensors changed; the checkpoint is in" in printed
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     ids = AutoTokenizer.from_pretrained(merged)("你是谁？", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(input_ids=ids).logits
@@ -455,6 +487,66 @@ def test_the_persona_answers_in_a_terminal(command, one_process, monkeypatch):
     assert len(printed.splitlines()) == 2 and printed.splitlines()[1]
 
 
-def test_chat_before_training_says_what_to_run(command):
-    status, _, complaint = command("chat")
+def test_the_answer_is_printed_while_it_grows(command, one_process, monkeypatch):
+    asked, printed = iter(["你是谁？", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    monkeypatch.setattr(chat, "print", lambda *parts, **how: printed.append("".join(map(str, parts))), raising=False)
+    assert command("chat", output=one_process)[0] == 0
+    monkeypatch.setenv("COURSE_OUTPUT", str(one_process))
+    assert len(printed) > 4 and "".join(printed[1:]) == chat.Persona().answer("你是谁？")
+
+
+def test_a_conversation_that_has_become_too_long_begins_anew(command, one_process, monkeypatch):
+    asked, begin = iter(["你是谁？", "你累吗？", ""]), decode.Decoder.__init__
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    monkeypatch.setattr(decode.Decoder, "__init__", lambda self, model: begin(self, model, length=30))
+    status, printed, complaint = command("chat", output=one_process)
+    first, second = printed.splitlines()[1:]
+    assert status == 0 and not complaint
+    assert first and "there is room for 30" in second
+
+
+@pytest.mark.parametrize("arguments", [["chat"], ["evaluate"]], ids=" ".join)
+def test_before_training_it_is_said_what_to_run(command, arguments):
+    status, _, complaint = command(*arguments)
     assert status == 1 and "Run notebook 05_lora_training first" in complaint
+
+
+# ---------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_base_and_adapter_are_measured_on_every_set(command, one_process, data):
+    status, printed, complaint = command("evaluate", "--rows", "3", output=one_process)
+    assert status == 0 and not complaint
+    found = json.loads((one_process / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(found["sets"]) == {path.stem.replace("_", " ") for path in (one_process / "rows").glob("new_*.json")}
+    for name, one in found["sets"].items():
+        assert one["rows"] == len(one["answers"]) <= 3 and f"{one['adapter']['loss']:.2f}" in printed
+        row = one["answers"][0]
+        for model in ("base", "adapter"):
+            assert one[model]["equal"] == sum(a[model] == a["reference"] for a in one["answers"]) / one["rows"], name
+        # The textbook way: the whole conversation through peft, the mask by the length of the prompt.
+        base = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, one_process / "lora" / "adapter").eval()
+        system = json.loads((one_process / "lora" / "prompt.json").read_text(encoding="utf-8"))["system"]
+        tokenizer, sums = AutoTokenizer.from_pretrained(utils.BUNDLED), [0.0, 0]
+        for row in one["answers"]:
+            turns = [{"role": "system", "content": system}, *row["asked"]]
+            how = {"tokenize": False, "enable_thinking": False}
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **how)
+            start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            ids = tokenizer(f"{prompt}\n{row['reference']}<|user|>", add_special_tokens=False, return_tensors="pt")
+            labels = ids["input_ids"].clone()
+            labels[:, :start] = -100
+            with torch.no_grad():
+                sums[0] += model(**ids, labels=labels).loss.item() * (labels.shape[1] - start)
+            sums[1] += labels.shape[1] - start
+        assert one["adapter"]["loss"] == pytest.approx(sums[0] / sums[1], rel=1e-4)
+        assert one["base"]["loss"] != pytest.approx(one["adapter"]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", ["0", "-1", "some"])
+def test_a_number_of_rows_that_is_none_is_refused(command, capsys, rows):
+    with pytest.raises(SystemExit) as stopped:
+        command("evaluate", "--rows", rows)
+    assert stopped.value.code == 2 and "is no whole number above 0" in capsys.readouterr().err

@@ -219,6 +219,25 @@ def test_the_chat_box_shows_an_error_and_goes_on():
     assert not button.disabled
 
 
+def test_the_chat_box_shows_an_answer_as_it_grows():
+    def reply(name, turns):
+        for text in ("好", "好。"):
+            yield text
+            shown.append(columns[name].children[1].value)
+        if turns[-1]["content"] == "坏":
+            raise ValueError("broke")
+
+    asked, shown = [], []
+    box = widgets.chat_box(reply, lambda turns: asked.append([turn["content"] for turn in turns]) or "")
+    field, button, _, _, _, columns = chat_parts(box)
+    for question in ("问", "坏", "又"):
+        field.value = question
+        button.click()
+    assert shown[:2] == ["Q: 问\n好", "Q: 问\n好。"] and len(shown) == 12
+    assert columns["base"].children[2].value == "Q: 坏\nValueError: broke"
+    assert asked == [["问"], ["问", "好。", "坏"], ["又"]]  # what broke off is not part of the conversation
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

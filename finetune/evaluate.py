@@ -1,0 +1,135 @@
+"""What notebook 06 measures, from the command line: base and adapter on questions that were never trained on.
+
+The weights may be bf16 or 4-bit. Answers are greedy, and asked in batches; the loss is that of the reference answers.
+Whether an answer is in role is left to notebook 06, whose list of words is this persona's, and to readers: all answers
+are in the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import utils
+from course.language import say
+from course.rows import Conversation, load_rows
+from finetune.chat import Persona
+from finetune.config import is_small
+from finetune.decode import ending_tokens
+
+LONGEST = 64  # tokens of an answer, as in notebook 06
+BATCH = 32  # questions that are asked at once
+FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model on one set: nats a token of the reference answers, and shares of the answers that it gave.
+
+    Attributes:
+        loss: mean over all tokens of the reference answers, the token that ends each included.
+        stops: share of answers that end by themselves. equal: share that are the reference, letter for letter.
+    """
+
+    loss: float
+    stops: float
+    equal: float
+
+
+def held_out(course: utils.Settings, most: int) -> dict[str, list[Conversation]]:
+    """The sets of notebook 06, at most so many rows of each; with data of your own, its two validation sets.
+
+    Raises:
+        CourseError: notebook 03 has not run, or a file has bad rows.
+    """
+    own = utils.require(course.output / "rows", "03_dataset", course)
+    files = {"new wordings": own / "new_wordings.json", "new answers": own / "new_answers.json"}
+    if course.default_data:
+        dataset = utils.ROOT / "dataset"
+        files |= {"new wordings": dataset / "heldout.json", "situations": dataset / "heldout_situations.json"}
+        files |= {"conversations": dataset / "heldout_conversations.jsonl"}
+    sets = {name: load_rows(path) for name, path in files.items() if path.is_file()}
+    talks = sets.pop("conversations", [])
+    for name, length in (("second turns", 4), ("third turns", 6)) if talks else ():
+        sets[name] = [row for row in talks if len(row["messages"]) == length]
+    return {name: rows[:most] for name, rows in sets.items()}
+
+
+def ask(persona: Persona, rows: list[Conversation]) -> list[tuple[str, bool]]:
+    """The greedy answer to each conversation's last question, and whether it ended by itself."""
+    ends, found = ending_tokens(persona.model), []
+    for start in range(0, len(rows), BATCH):
+        prompts = [persona.prompt_ids(row["messages"][:-1]) for row in rows[start : start + BATCH]]
+        padded = persona.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        padded = padded.to(persona.model.device)
+        with torch.no_grad():
+            output = persona.model.generate(**padded, max_new_tokens=LONGEST, do_sample=False)
+        for tokens in output[:, padded["input_ids"].shape[1] :]:
+            text = persona.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            found.append((text, bool(ends & set(tokens.tolist()))))
+    return found
+
+
+@torch.no_grad()
+def reference_loss(persona: Persona, rows: list[Conversation]) -> float:
+    """Nats a token of the reference answers; logits are computed for their tokens only."""
+    total, count, tokenizer = 0.0, 0, persona.tokenizer
+    for row in rows:
+        prompt = persona.prompt_ids(row["messages"][:-1])
+        text = utils.as_text(tokenizer, row["messages"][-1]["content"].strip())
+        reference = [*utils.encode(tokenizer, "\n" + text), tokenizer.convert_tokens_to_ids("<|user|>")]
+        ids = torch.tensor([[*prompt, *reference]], device=persona.model.device)
+        logits = persona.model(input_ids=ids, logits_to_keep=len(reference) + 1, use_cache=False).logits
+        total += F.cross_entropy(logits[0, :-1].float(), ids[0, len(prompt) :], reduction="sum").item()
+        count += len(reference)
+    return total / count
+
+
+def measure(persona: Persona, rows: list[Conversation]) -> tuple[Figures, list[str]]:
+    """Figures of the model as it is, and its answers."""
+    said = ask(persona, rows)
+    equal = [text == row["messages"][-1]["content"].strip() for (text, _), row in zip(said, rows, strict=True)]
+    stops = sum(stopped for _, stopped in said) / len(rows)
+    return Figures(reference_loss(persona, rows), stops, sum(equal) / len(rows)), [text for text, _ in said]
+
+
+def evaluate(load_in_4bit: bool = False, most: int | None = None) -> Path:
+    """Measure base and adapter on every set, print a table, and write figures and answers to `evaluation.json`.
+
+    Args:
+        most: rows of a set; None for 96 of a small model and 32 of a large one, as in notebook 06.
+
+    Raises:
+        CourseError: no trained adapter, or something of an earlier notebook is missing.
+    """
+    course = utils.settings()
+    persona = Persona(load_in_4bit)
+    sets = held_out(course, most or (96 if is_small(persona.model.config) else 32))
+    found: dict[str, Any] = {}
+    for name, rows in sets.items():
+        with persona.model.disable_adapter():
+            base, plain = measure(persona, rows)
+        adapter, played = measure(persona, rows)
+        found[name] = {"rows": len(rows), "base": asdict(base), "adapter": asdict(adapter)}
+        found[name]["answers"] = [
+            {"asked": row["messages"][:-1], "reference": row["messages"][-1]["content"], "base": one, "adapter": other}
+            for row, one, other in zip(rows, plain, played, strict=True)
+        ]
+        print(say("{name}: {count} questions asked of both", name=name, count=len(rows)), flush=True)
+    lines = [
+        (name, model, f"{one[model]['loss']:.2f}", f"{one[model]['stops']:.0%}", f"{one[model]['equal']:.0%}")
+        for name, one in found.items()
+        for model in ("base", "adapter")
+    ]
+    head = ("", "", say("loss, nats a token"), say("stops by itself"), say("equals the reference"))
+    utils.table(lines, head)
+    target = course.output / FILE
+    facts = {"model": utils.shown(course.model), "load_in_4bit": load_in_4bit, "sets": found}
+    utils.write_whole(target, json.dumps(facts, ensure_ascii=False, indent=1))
+    print(say("figures and answers in {file}", file=utils.shown(target)))
+    return target
