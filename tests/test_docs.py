@@ -30,7 +30,6 @@ RESULTS = {
     "Both losses fall; new wordings of taught answers are far easier than answers that were never taught.",
     "Both play 甄嬛. Only the adapter knows her father's name.",
     "The merged model, loaded without peft, gives the same answer.",
-    "‹› layers, ‹› bits, ‹›: ‹› tokens/s with the adapter, ‹› merged",
     "step ‹›/‹›",
     "trainable parameters: ‹›",
     "‹› s of training; adapter in ‹›",
