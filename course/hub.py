@@ -1,10 +1,12 @@
-"""A hub on this machine, so that notebook 02 can show a download without internet.
+"""A hub on this machine, so that notebook 02 can show a download without internet, and notebook 09 an upload.
 
-Knows the routes that ModelScope's client asks for. Knows nothing of models: it serves the files of one folder.
+Knows the routes that ModelScope's client asks for. Knows nothing of models: it serves the files of one folder, and
+takes files for it where it is given a token.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -25,13 +27,18 @@ class LocalHub:
 
     Attributes:
         folder: what it serves. model_id: under which id. drop_once: a file whose first transfer is broken off
-            half-way, to see the client resume. sent: bytes sent for each request, as (file, first byte, bytes).
+            half-way, to see the client resume. token: who shows it may create the repository `model_id` and upload
+            into it; without one nobody may. sent: bytes sent for each request, as (file, first byte, bytes).
+            created: what was said of the repository when it was created.
     """
 
     folder: Path
     model_id: str
     drop_once: str = ""
+    token: str = ""
     sent: list[tuple[str, int, int]] = field(default_factory=list)
+    created: dict[str, Any] = field(default_factory=dict)
+    _blobs: dict[str, bytes] = field(default_factory=dict)
 
     def __enter__(self) -> LocalHub:
         """Start serving on a free port, which requests of this process reach without a proxy."""
@@ -42,6 +49,12 @@ class LocalHub:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 hub._answer(self)
+
+            def do_POST(self) -> None:
+                hub._take(self)
+
+            def do_PUT(self) -> None:
+                hub._take(self)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -85,6 +98,47 @@ class LocalHub:
             self._send_file(request, served[query["FilePath"]])
         else:
             self._send(request, 404, b'{"Code": 404, "Success": false, "Message": "not found"}', {})
+
+    def _take(self, request: BaseHTTPRequestHandler) -> None:
+        """What an upload asks for: a repository, which large files are wanted, those files, and the commit."""
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        path = urllib.parse.urlsplit(request.path).path
+        if not self.token or request.headers.get("Authorization") != f"Bearer {self.token}":
+            return self._say(request, 401, "the token is not known here")
+        if request.command == "PUT" and path.startswith("/blob/"):
+            if hashlib.sha256(body).hexdigest() != path.removeprefix("/blob/"):
+                return self._say(request, 400, "the file is not what was announced")
+            self._blobs[path.removeprefix("/blob/")] = body
+            return self._say(request, 200)
+        asked = json.loads(body)
+        if path == "/api/v1/models":
+            if self.created:
+                return self._say(request, 409, "the repository exists already")
+            self.created = asked
+            return self._say(request, 200, data=asked)
+        repository = f"/api/v1/repos/models/{self.model_id}"
+        if not self.created or not path.startswith(repository):
+            return self._say(request, 404, "no such repository")
+        if path == f"{repository}/info/lfs/objects/batch":
+            wanted = [
+                {"oid": one["oid"], "actions": {"upload": {"href": f"{self.endpoint}/blob/{one['oid']}"}}}
+                for one in asked["objects"]
+                if one["oid"] not in self._blobs
+            ]
+            return self._say(request, 200, data={"objects": wanted})
+        if path == f"{repository}/commit/master":
+            for action in asked["actions"]:
+                content = (
+                    self._blobs[action["sha256"]] if action["type"] == "lfs" else base64.b64decode(action["content"])
+                )
+                (self.folder / Path(action["path"]).name).write_bytes(content)  # only names: nothing leaves the folder
+            return self._say(request, 200, data={})
+        return self._say(request, 404, "no such route")
+
+    def _say(self, request: BaseHTTPRequestHandler, status: int, message: str = "", data: Any = None) -> None:
+        """An answer as the hub writes one."""
+        body = {"Code": status, "Success": status == 200, "Message": message, "Data": data}
+        self._send(request, status, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _send_file(self, request: BaseHTTPRequestHandler, path: Path) -> None:
         data = path.read_bytes()

@@ -8,6 +8,7 @@
     python -m finetune evaluate                          base and adapter on questions that were never trained on
     python -m finetune merge output/merged               the adapter into a checkpoint of the original's layout
     python -m finetune export gguf output/gguf           the persona for other engines; the forms: finetune/export.py
+    python -m finetune share NAME/huanhuan               the adapter as a repository on ModelScope, with a model card
 
 Each command has its own flags: `python -m finetune train --help`.
 """
@@ -112,6 +113,11 @@ def parser() -> Parser:
     )
     one.add_argument("folder", help="a new folder")
     one.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="numbers in a GGUF file")
+    one = commands.add_parser("share", help="upload the adapter with a model card to ModelScope", **how)
+    one.add_argument("name", help="the repository: your name there, a slash, the adapter's name")
+    one.add_argument("--public", action="store_true", help="everybody may see it; else only you")
+    one.add_argument("--license", default="", help="an SPDX identifier; else that of the course's rows")
+    one.add_argument("--output-dir", metavar="FOLDER", help="in the place of COURSE_OUTPUT")
     COMMANDS[:] = commands.choices.values()
     return top
 
@@ -158,6 +164,10 @@ def run(chosen: argparse.Namespace) -> None:
 
         count = export.export(chosen.form, Path(chosen.folder), utils.settings(), chosen.type)
         print(say("{count:,} tensors; in {folder}", count=count, folder=utils.shown(chosen.folder)))
+    elif chosen.command == "share":
+        from finetune import share
+
+        print(share.share(chosen.name, utils.settings(), chosen.public, chosen.license))
     else:
         course = utils.settings()
         adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"

@@ -221,7 +221,7 @@ def test_make_takes_the_language_from_one_setting(target, setting):
 #: Cells whose Chinese the prose beside them explains, since they show tokens, templates or rows as they are.
 IN_PROSE = set(
     "03-03 03-04a 03-08 03-19 04-03 04-06 04-09 04-17 04-19 04-21b 04-21d 04-21f 04-21h 04-21j 04-21l 04-21n"
-    " 04-23 04-27 04-28a 06-06 06-14 07-56 07-60 07-94b 07-94l 07-95o 07-105".split()
+    " 04-23 04-27 04-28a 06-06 06-14 07-56 07-60 07-94b 07-94l 07-95o 07-105 09-49b".split()
 )
 
 

@@ -47,8 +47,10 @@ def problems(path: Path) -> list[str]:
     return [f"{path.name}: {line}" for line in found]
 
 
-def share_training(output: Path) -> None:
+def share_training(output: Path, skip: tuple[str, ...] = ()) -> None:
     """Leave a finished run so that notebook 05 resumes it from its last checkpoint but one, and nothing downloaded.
+
+    Where 05 is in `skip`, the run stays as it is, for the notebooks behind it.
 
     Resuming ends with the very numbers of a run without a break; `tests/faults/test_training.py` holds it to that.
 
@@ -59,8 +61,9 @@ def share_training(output: Path) -> None:
     checkpoints = sorted(run.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if len(checkpoints) < 2 or not (run / "made_from.json").is_file():
         raise FileNotFoundError(f"{run}: no finished run to share; execute the English series first")
-    (run / "made_from.json").unlink()
-    shutil.rmtree(checkpoints[-1])
+    if "05_lora_training" not in skip:
+        (run / "made_from.json").unlink()
+        shutil.rmtree(checkpoints[-1])
     shutil.rmtree(output / "hub", ignore_errors=True)  # notebook 02 shows what a first download sends
 
 
@@ -74,7 +77,7 @@ def main(folder: Path, cell_seconds: int, share: bool = False, skip: tuple[str, 
     paths = [path for path in paths if path.stem not in skip]
     output = "output/test"
     if share:
-        share_training(ROOT / output)
+        share_training(ROOT / output, skip)
     else:
         shutil.rmtree(ROOT / output, ignore_errors=True)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("COURSE_", "SWANLAB_"))}
