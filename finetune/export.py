@@ -71,8 +71,11 @@ class Trained:
         return made
 
 
-def require_trained(adapter: Path) -> int:
+def require_trained(adapter: Path, split: bool = False) -> int:
     """How many matrices the adapter holds, after seeing that none is missing and each has been trained.
+
+    Args:
+        split: by expert. Then a `lora_B` may be zero: that of an expert to which no token of training was sent.
 
     Raises:
         CourseError: a matrix without a rank, one whose partner is missing, a target of the adapter's configuration
@@ -102,7 +105,7 @@ def require_trained(adapter: Path) -> int:
                 )
             )
         zero = [name for name in sorted(pairs.values()) if not bool(file.get_tensor(name).any())]
-    if zero:
+    if zero and not split:
         raise CourseError(
             say(
                 "{folder}: {count} of {all} matrices lora_B are zero ({tensor}), so the adapter changes nothing there. "
@@ -226,8 +229,7 @@ def _split(trained: Trained, out: Path, kind: str, report: Callable[[str], None]
     for path in trained.adapter.iterdir():
         if path.name not in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy2(path, out)
-    require_trained(out)
-    return len(made)
+    return require_trained(out, split=True)
 
 
 def _merged(trained: Trained, out: Path, kind: str, report: Callable[[str], None]) -> int:

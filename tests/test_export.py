@@ -108,6 +108,23 @@ def test_split_by_expert_each_pair_gives_the_update_that_merging_adds(course, tr
     assert {key.rsplit(".", 3)[1] for key in found} == set(settings["target_modules"])
 
 
+def test_an_expert_that_no_token_reached_is_split_with_zeros(course, trained, tmp_path, monkeypatch):
+    """With 128 experts and a few thousand rows that happens, and is no fault."""
+    monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path))
+    shutil.copytree(trained.adapter.parent, tmp_path / "lora")
+    weights = tmp_path / "lora" / "adapter" / "adapter_model.safetensors"
+    found = load_file(weights)
+    name = next(name for name in found if ".layers.2." in name and ".mlp.experts.base_layer.lora_B" in name)
+    found[name].view(found[name].shape[0], -1, trained.config.n_routed_experts)[..., 5] = 0
+    save_file(found, weights, {"format": "pt"})
+    quiet("split", tmp_path / "out", utils.settings())
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    zero = {name for name, tensor in made.items() if ".lora_B." in name and not tensor.any()}
+    assert zero == {
+        f"base_model.model.model.layers.2.mlp.experts.5.{part}.lora_B.weight" for part in ("gate_proj", "up_proj")
+    }
+
+
 def test_merged_is_the_checkpoint_that_merge_writes(course, trained, tmp_path):
     said = []
     changed = export.export("merged", tmp_path / "out", course, report=said.append)
