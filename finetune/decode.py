@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import StaticCache
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from course.language import say
+from finetune.experts import GroupedExperts
 from utils import CourseError
 
 #: Tokens of question and answer for which there is room; 188 KiB each for GLM-4.5-Air in bf16.
@@ -32,7 +34,10 @@ class Decoder:
     def __init__(self, model: Any, length: int = LENGTH) -> None:
         self.model, self.length = model, length
         devices = {parameter.device for parameter in model.parameters()}
+        # transformers' own experts ask the GPU which of them are wanted, so their step cannot be recorded.
+        experts = [module for module in model.modules() if isinstance(module, Glm4MoeExperts)]
         self.records = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        self.records = self.records and all(isinstance(module, GroupedExperts) for module in experts)
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.tuner = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
         room = length + 2  # recording reads two tokens that are undone

@@ -298,7 +298,7 @@ def test_a_pickled_adapter_is_refused_and_not_run(cell, tmp_path, fault):
         "whole": whole,
     }
     with pytest.raises(utils.CourseError, match=r"adapter: no \*\.safetensors there"):
-        exec(cell("06_inference", "PeftModel.from_pretrained"), names)
+        exec(cell("06_inference", "adapter = whole("), names)
     assert not mark.exists()
     fault.record(
         "security",
