@@ -29,7 +29,8 @@ from course.swanlab_record import somebody_can_answer
 from finetune import export
 from finetune.evaluate import FILE as EVALUATION
 
-TOKEN = "MODELSCOPE_API_TOKEN"
+#: The environment variable that may hold the token.
+VARIABLE = "MODELSCOPE_API_TOKEN"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -220,12 +221,12 @@ def found_token() -> str:
     """
     from modelscope_hub.config import HubConfig
 
-    token = os.environ.get(TOKEN) or HubConfig().token or ""
+    token = os.environ.get(VARIABLE) or HubConfig().token or ""
     if not token and (somebody_can_answer() or sys.stdin.isatty()):
         token = getpass(say("ModelScope token (hidden): ")).strip()
     if not token:
         raise utils.CourseError(
-            say("No token for ModelScope. Set {variable}, or run modelscope login once.", variable=TOKEN)
+            say("No token for ModelScope. Set {variable}, or run modelscope login once.", variable=VARIABLE)
         )
     return token
 
@@ -286,7 +287,7 @@ def _one_message(name: str, token: str) -> Any:
             said = say(
                 "{name}: not uploaded. The hub does not take the token. Check {variable}, or run modelscope login.",
                 name=name,
-                variable=TOKEN,
+                variable=VARIABLE,
             )
             raise utils.CourseError(said) from None
         if isinstance(error, ConnectionError):

@@ -36,7 +36,7 @@ def course(adapter, tmp_path, monkeypatch):
     output = tmp_path / "output"
     monkeypatch.setenv("COURSE_OUTPUT", str(output))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(share.TOKEN, raising=False)
+    monkeypatch.delenv(share.VARIABLE, raising=False)
     settings, run_folder = utils.settings(), output / "lora"
     utils.stamp(run_folder, settings)
     (run_folder / "prompt.json").write_text(json.dumps({"system": SYSTEM}), "utf-8")
@@ -184,7 +184,7 @@ def test_a_name_that_is_no_repository_is_refused(folder, name):
 
 
 def test_the_command_takes_the_token_of_the_variable(course, hub, tmp_path):
-    environment = os.environ | {share.TOKEN: TOKEN, "MODELSCOPE_ENDPOINT": hub.endpoint}
+    environment = os.environ | {share.VARIABLE: TOKEN, "MODELSCOPE_ENDPOINT": hub.endpoint}
     command = [sys.executable, "-m", "finetune", "share", NAME]
     done = subprocess.run(command, cwd=utils.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and f"/models/{NAME}" in done.stdout
@@ -200,7 +200,7 @@ def test_the_command_without_a_token_says_where_it_comes_from(course, monkeypatc
 
 def test_before_training_the_command_says_what_to_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path))
-    monkeypatch.setenv(share.TOKEN, TOKEN)
+    monkeypatch.setenv(share.VARIABLE, TOKEN)
     assert commands.main(["share", NAME]) == 1
     assert "Run notebook 05_lora_training first" in capsys.readouterr().err
 
