@@ -214,6 +214,26 @@ def loss_picture(history: Sequence[dict[str, float]]) -> utils.Shown:
     return picture(figure, say("Loss: {curves}.", curves=say("; ").join(said) or say("nothing yet")))
 
 
+def bar_picture(losses: dict[str, dict[str, float]]) -> utils.Shown:
+    """The loss on each set of questions, a bar for each model or prompt; one that was not measured has no bar."""
+    figure, (plot,) = axes(height=3.2)
+    names = list(dict.fromkeys(name for by_name in losses.values() for name in by_name))
+    width = 0.8 / max(len(names), 1)
+    for number, (name, colour, hatch) in enumerate(zip(names, (BLACK, BLUE, RED), ("//", "", "xx"), strict=False)):
+        bars = {i + width * number: by_name[name] for i, by_name in enumerate(losses.values()) if name in by_name}
+        how = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": translated(name)}
+        plot.bar_label(plot.bar(list(bars), list(bars.values()), width, **how), fmt="%.2f", fontsize=7)
+    places = [i + width * (len(names) - 1) / 2 for i in range(len(losses))]
+    plot.set_xticks(places, list(map(translated, losses)))
+    plot.set(ylabel=say("nats a token"), title=say("Loss on questions that were never trained on"))
+    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    said = []
+    for title, by_name in losses.items():
+        figures = say(", ").join(f"{translated(name)} {loss:.2f}" for name, loss in by_name.items())
+        said.append(say("{title}: {shares}", title=translated(title), shares=figures))
+    return picture(figure, say("Loss in nats a token. {sets}.", sets=say("; ").join(said)))
+
+
 def routing_picture(shares: dict[str, Any], first_layer: int) -> utils.Shown:
     """Heat maps of the share of tokens (in %) that each layer sends to each expert; the figures stand in the cells.
 

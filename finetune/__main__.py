@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 2 -m finetune train        two GPUs; each keeps half of the experts
     python -m finetune chat                              talk to the trained persona
     python -m finetune evaluate                          base and adapter on questions that were never trained on
+    python -m finetune report                            a page of results; evaluates first if that was not done
     python -m finetune merge output/merged               the adapter into a checkpoint of the original's layout
     python -m finetune export gguf output/gguf           the persona for other engines; the forms: finetune/export.py
     python -m finetune share NAME/huanhuan               the adapter as a repository on ModelScope, with a model card
@@ -101,10 +102,10 @@ def parser() -> Parser:
     one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
     one.add_argument("--history", action=argparse.BooleanOptionalAction, default=True, help="keep earlier turns")
     one.add_argument("--beams", type=int, default=1, help="more than 1: beam search in the place of greedy decoding")
-    one = commands.add_parser(
-        "evaluate", help="base and adapter on questions never trained on", parents=[common], **how
-    )
-    one.add_argument("--rows", type=above_0, help="of each set; 96 for a small model, 32 for a large one")
+    evaluated, reported = "base and adapter on questions never trained on", "write a page of results"
+    for name, text in (("evaluate", evaluated), ("report", reported)):
+        one = commands.add_parser(name, help=text, parents=[common], **how)
+        one.add_argument("--rows", type=above_0, help="of each set; 96 for a small model, 32 for a large one")
     one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
     one.add_argument("folder", help="a new folder for the merged checkpoint")
     one = commands.add_parser("export", help="write the persona for other engines", parents=[common], **how)
@@ -153,6 +154,10 @@ def run(chosen: argparse.Namespace) -> None:
         from finetune import evaluate
 
         evaluate.evaluate(chosen.load_in_4bit, chosen.rows)
+    elif chosen.command == "report":
+        from finetune import report
+
+        report.report(chosen.load_in_4bit, chosen.rows)
     elif chosen.command == "plan":
         course = utils.settings()
         there = (course.output / "tokens" / "made_from.json").is_file()

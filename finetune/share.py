@@ -66,9 +66,9 @@ class Run:
         trained = export.Trained.of(course)
         run_folder = trained.adapter.parent
         settings = _json(trained.adapter / "adapter_config.json")
-        checkpoints = sorted(run_folder.glob("checkpoints/*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+        log = newest_log(run_folder)
         losses: dict[str, tuple[float, float]] = {}
-        for entry in _json(checkpoints[-1])["log_history"] if checkpoints else []:
+        for entry in _json(log)["log_history"] if log else []:
             for name, loss in entry.items():
                 if found := re.fullmatch(r"eval_(\w+)_loss", name):
                     first, _ = losses.get(found[1], (loss, loss))
@@ -92,6 +92,12 @@ class Run:
                 if len(row["asked"]) == 1
             ],
         )
+
+
+def newest_log(run_folder: Path) -> Path | None:
+    """The `trainer_state.json` of the newest checkpoint; None if there is none."""
+    logs = run_folder.glob("checkpoints/*/trainer_state.json")
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _figures(course: utils.Settings) -> list[tuple[str, int, dict[str, float], dict[str, float]]]:
