@@ -3,12 +3,14 @@
     python benchmarks/sweep.py                        the default grid, one run at a time
     python benchmarks/sweep.py --jobs 12              twelve runs at once; for a GPU, which one run keeps half busy
     python benchmarks/sweep.py --table                the table of what `benchmarks/sweep.jsonl` holds
+    python benchmarks/sweep.py --batches 8 32 128     the same rows in larger batches, with curves, to batches.jsonl
 
-Each run is notebook 05 in float32 without its recording: the same rows, LoRA targets, batch of 16, cosine schedule with
-5 % warmup and number of steps. The rows come in random order instead of batches of similar length; the seed decides
-that order and the adapter's start. It needs the tokens of notebooks 03 and 04. One line a run goes to
-`benchmarks/sweep.jsonl`: the mean loss in nats a token on new wordings (the validation set), on new answers and on the
-test questions, and the shares of test questions whose greedy answer stops and equals the reference.
+Each run is notebook 05 in float32 without its recording: the same rows and LoRA targets, batches of 8, one pass over
+the rows, a cosine schedule with 5 % warmup. The rows come in random order instead of batches of similar length; the
+seed decides that order and the adapter's start. It needs the tokens of notebooks 03 and 04. One line a run goes to
+`benchmarks/sweep.jsonl`: the mean loss in nats a token on new wordings (the validation set, with its curve over the
+rows read), on new answers and on the test questions, and the shares of test questions whose greedy answer stops and
+equals the reference.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,9 @@ from course.model_folder import model_folder
 from course.rows import load_rows
 
 RESULTS = ROOT / "benchmarks" / "sweep.jsonl"
-BATCH, EPOCHS, WARMUP = 16, 2, 0.05
+CURVES = ROOT / "benchmarks" / "batches.jsonl"
+BATCH, EPOCHS, WARMUP = 8, 1, 0.05
+POINTS = 12  # of a curve
 
 
 def samples_of(course: utils.Settings, tokenizer: Any) -> dict[str, list[dict[str, list[int]]]]:
@@ -89,8 +94,21 @@ def greedy_shares(model: Any, samples: list[dict[str, list[int]]], tokenizer: An
     return sum(stops) / len(stops), sum(equal) / len(equal)
 
 
-def trained(rows: list[dict[str, list[int]]], alpha: int, rate: float, seed: int, rank: int = 8) -> tuple[Any, int]:
-    """The model with an adapter trained on these samples, and the number of steps."""
+def trained(
+    rows: list[dict[str, list[int]]],
+    alpha: int,
+    rate: float,
+    seed: int,
+    rank: int = 8,
+    batch_size: int = BATCH,
+    each_step: Callable[[Any, int, int], None] | None = None,
+) -> tuple[Any, int]:
+    """The model with an adapter trained on these samples, and the number of steps.
+
+    Args:
+        each_step: called with the model, the steps made and the steps of the whole run, before the first step and
+            after each.
+    """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup, set_seed
 
@@ -106,33 +124,49 @@ def trained(rows: list[dict[str, list[int]]], alpha: int, rate: float, seed: int
     model = get_peft_model(model, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     order = torch.Generator().manual_seed(seed)
-    steps = EPOCHS * -(-len(rows) // BATCH)
+    steps, made = EPOCHS * -(-len(rows) // batch_size), 0
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * WARMUP), steps)
     model.train()
+    if each_step:
+        each_step(model, 0, steps)
     for _ in range(EPOCHS):
         shuffled = torch.randperm(len(rows), generator=order).tolist()
-        for start in range(0, len(rows), BATCH):
-            batch = padded([rows[i] for i in shuffled[start : start + BATCH]], pad, device)
+        for start in range(0, len(rows), batch_size):
+            batch = padded([rows[i] for i in shuffled[start : start + batch_size]], pad, device)
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            made += 1
+            if each_step:
+                each_step(model, made, steps)
     return model.eval(), steps
 
 
-def one_run(alpha: int, rate: float, seed: int, rank: int = 8) -> dict[str, Any]:
-    """Train once and measure; a loss of NaN is kept as such."""
+def one_run(alpha: int, rate: float, seed: int, rank: int = 8, batch_size: int = BATCH) -> dict[str, Any]:
+    """Train once and measure; a loss of NaN is kept as such. With another batch size the curve is kept too."""
     from transformers import AutoTokenizer
 
     course = utils.start()
     tokenizer = AutoTokenizer.from_pretrained(model_folder(course))
     parts = samples_of(course, tokenizer)
-    model, steps = trained(parts.pop("train"), alpha, rate, seed, rank)
+    curve: list[list[float]] = []
+
+    def note(model: Any, made: int, steps: int) -> None:
+        if made * POINTS // steps > (made - 1) * POINTS // steps or not made:
+            loss = mean_loss(model.eval(), parts["new_wordings"], tokenizer.pad_token_id)
+            curve.append([min(made * batch_size, count), round(loss, 4)])
+            model.train()
+
+    train = parts.pop("train")
+    count = EPOCHS * len(train)
+    model, steps = trained(train, alpha, rate, seed, rank, batch_size, note)
     losses = {name: round(mean_loss(model, part, tokenizer.pad_token_id), 4) for name, part in parts.items()}
     stops, equal = greedy_shares(model, parts["test"], tokenizer)
-    made = {"rank": rank, "alpha": alpha, "learning_rate": rate, "seed": seed, "steps": steps}
+    made = {"batch": batch_size, "rank": rank, "alpha": alpha, "learning_rate": rate, "seed": seed, "steps": steps}
+    made["curve"] = curve
     return made | losses | {"stops": round(stops, 3), "equal": round(equal, 3)} | where_run()
 
 
@@ -170,19 +204,26 @@ def main() -> int:
     parse.add_argument("--jobs", type=int, default=1)
     parse.add_argument("--results", type=Path, default=RESULTS)
     parse.add_argument("--table", action="store_true")
-    parse.add_argument("--one", nargs=3, metavar=("ALPHA", "RATE", "SEED"), help="one run, its line on the output")
+    parse.add_argument("--batches", type=int, nargs="+", help="batch sizes to compare, at an alpha of 32")
+    parse.add_argument(
+        "--one", nargs=4, metavar=("ALPHA", "RATE", "SEED", "BATCH"), help="one run, its line is printed"
+    )
     chosen = parse.parse_args()
     if chosen.one:
-        alpha, rate, seed = chosen.one
-        print("RESULT " + json.dumps(one_run(int(alpha), float(rate), int(seed))), flush=True)
+        alpha, rate, seed, batch = chosen.one
+        line = one_run(int(alpha), float(rate), int(seed), batch_size=int(batch))
+        print("RESULT " + json.dumps(line), flush=True)
         return 0
+    if chosen.batches:
+        chosen.alphas, chosen.results = [32], CURVES if chosen.results == RESULTS else chosen.results
     text = chosen.results.read_text(encoding="utf-8") if chosen.results.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines()]
     if chosen.table:
         table(lines)
         return 0
-    there = {(line["alpha"], line["learning_rate"], line["seed"]) for line in lines}
-    grid = (cell[::-1] for cell in product(chosen.seeds, chosen.rates, chosen.alphas))  # one whole grid a seed
+    there = {tuple(line[name] for name in ("alpha", "learning_rate", "seed", "batch")) for line in lines}
+    batches = chosen.batches or [BATCH]
+    grid = (cell[::-1] for cell in product(batches, chosen.seeds, chosen.rates, chosen.alphas))  # one whole grid a seed
     todo, running, failed = [cell for cell in grid if cell not in there], [], 0
     while todo or running:
         while todo and len(running) < chosen.jobs:

@@ -3,7 +3,7 @@
     python benchmarks/thoughts.py --thoughts 0 300       train with none and with 300 such samples
     python benchmarks/thoughts.py --table                the table of what `benchmarks/thoughts.jsonl` holds
 
-Each run is a run of `benchmarks/sweep.py` (alpha 32, 4e-3, two epochs). The samples that are mixed in are questions of
+Each run is a run of `benchmarks/sweep.py` (alpha 32, 4e-3). The samples that are mixed in are questions of
 everyday life from the text of the bundled model, with the thought and the answer that the base itself gives to them:
 they teach nothing new, they keep what is there. Measured with thinking on, before and after: the share of answers with
 a thought and its mean length in characters, on the 60 questions of `dataset/ordinary_questions.json` without a system

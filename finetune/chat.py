@@ -46,9 +46,15 @@ class Persona:
         """Token ids of the prompt that asks the question, after the conversation so far."""
         return self.prompt_ids([*(self.turns if self.history else []), {"role": "user", "content": question}])
 
-    def prompt_ids(self, turns: list[dict[str, Any]]) -> list[int]:
-        """Token ids of the prompt for turns that end with the user's; without a system prompt, the persona's."""
-        if turns[0]["role"] != "system":
+    def prompt_ids(self, turns: list[dict[str, Any]], prompted: bool = True) -> list[int]:
+        """Token ids of the prompt for turns that end with the user's; without a system prompt, the persona's.
+
+        Args:
+            prompted: False takes the system prompt out, for a comparison with a model that has none.
+        """
+        if not prompted:
+            turns = [turn for turn in turns if turn["role"] != "system"]
+        elif turns[0]["role"] != "system":
             turns = [{"role": "system", "content": self.system}, *turns]
         how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         text = self.tokenizer.apply_chat_template(utils.as_text(self.tokenizer, turns), **how)

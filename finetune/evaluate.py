@@ -1,5 +1,6 @@
 """What notebook 06 measures, from the command line: base and adapter on questions that were never trained on.
 
+Three conditions, as there: the base without a system prompt (on two of the sets), the base and the adapter with it.
 The weights may be bf16 or 4-bit. Answers are greedy, and asked in batches; the loss is that of the reference answers.
 Whether an answer is in role is left to notebook 06, whose list of words is this persona's, and to readers: all answers
 are in the file.
@@ -8,6 +9,7 @@ are in the file.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from course.language import say
+from course.language import marked, say, translated
 from course.rows import Conversation, load_rows
 from finetune.chat import Persona
 from finetune.config import is_small
@@ -25,6 +27,9 @@ from finetune.decode import ending_tokens
 LONGEST = 64  # tokens of an answer, as in notebook 06
 BATCH = 32  # questions that are asked at once
 FILE = "evaluation.json"
+#: What notebook 06 calls each condition, by its key in the file.
+CONDITIONS = {"no_prompt": marked("no prompt"), "base": marked("prompt only"), "adapter": "LoRA"}
+WITHOUT_PROMPT = ("new wordings", "situations")  # the sets that are asked without a system prompt too
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,11 @@ def held_out(course: utils.Settings, most: int) -> dict[str, list[Conversation]]
     return {name: rows[:most] for name, rows in sets.items()}
 
 
-def ask(persona: Persona, rows: list[Conversation]) -> list[tuple[str, bool]]:
+def ask(persona: Persona, rows: list[Conversation], prompted: bool = True) -> list[tuple[str, bool]]:
     """The greedy answer to each conversation's last question, and whether it ended by itself."""
     ends, found = ending_tokens(persona.model), []
     for start in range(0, len(rows), BATCH):
-        prompts = [persona.prompt_ids(row["messages"][:-1]) for row in rows[start : start + BATCH]]
+        prompts = [persona.prompt_ids(row["messages"][:-1], prompted) for row in rows[start : start + BATCH]]
         padded = persona.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         padded = padded.to(persona.model.device)
         with torch.no_grad():
@@ -76,11 +81,11 @@ def ask(persona: Persona, rows: list[Conversation]) -> list[tuple[str, bool]]:
 
 
 @torch.no_grad()
-def reference_loss(persona: Persona, rows: list[Conversation]) -> float:
+def reference_loss(persona: Persona, rows: list[Conversation], prompted: bool = True) -> float:
     """Nats a token of the reference answers; logits are computed for their tokens only."""
     total, count, tokenizer = 0.0, 0, persona.tokenizer
     for row in rows:
-        prompt = persona.prompt_ids(row["messages"][:-1])
+        prompt = persona.prompt_ids(row["messages"][:-1], prompted)
         text = utils.as_text(tokenizer, row["messages"][-1]["content"].strip())
         reference = [*utils.encode(tokenizer, "\n" + text), tokenizer.convert_tokens_to_ids("<|user|>")]
         ids = torch.tensor([[*prompt, *reference]], device=persona.model.device)
@@ -90,16 +95,20 @@ def reference_loss(persona: Persona, rows: list[Conversation]) -> float:
     return total / count
 
 
-def measure(persona: Persona, rows: list[Conversation]) -> tuple[Figures, list[str]]:
-    """Figures of the model as it is, and its answers."""
-    said = ask(persona, rows)
+def measure(persona: Persona, rows: list[Conversation], condition: str) -> tuple[Figures, list[str]]:
+    """Figures of one condition on one set, and its answers."""
+    prompted = condition != "no_prompt"
+    with nullcontext() if condition == "adapter" else persona.model.disable_adapter():
+        said, loss = ask(persona, rows, prompted), reference_loss(persona, rows, prompted)
     equal = [text == row["messages"][-1]["content"].strip() for (text, _), row in zip(said, rows, strict=True)]
     stops = sum(stopped for _, stopped in said) / len(rows)
-    return Figures(reference_loss(persona, rows), stops, sum(equal) / len(rows)), [text for text, _ in said]
+    return Figures(loss, stops, sum(equal) / len(rows)), [text for text, _ in said]
 
 
 def evaluate(load_in_4bit: bool = False, most: int | None = None) -> Path:
     """Measure base and adapter on every set, print a table, and write figures and answers to `evaluation.json`.
+
+    In the file, `base` and `adapter` are with the persona's prompt, and `no_prompt` is the base without one.
 
     Args:
         most: rows of a set; None for 96 of a small model and 32 of a large one, as in notebook 06.
@@ -112,19 +121,25 @@ def evaluate(load_in_4bit: bool = False, most: int | None = None) -> Path:
     sets = held_out(course, most or (96 if is_small(persona.model.config) else 32))
     found: dict[str, Any] = {}
     for name, rows in sets.items():
-        with persona.model.disable_adapter():
-            base, plain = measure(persona, rows)
-        adapter, played = measure(persona, rows)
-        found[name] = {"rows": len(rows), "base": asdict(base), "adapter": asdict(adapter)}
+        asked = [one for one in CONDITIONS if one != "no_prompt" or name in WITHOUT_PROMPT]
+        measured = {one: measure(persona, rows, one) for one in asked}
+        found[name] = {"rows": len(rows), **{one: asdict(figures) for one, (figures, _) in measured.items()}}
         found[name]["answers"] = [
-            {"asked": row["messages"][:-1], "reference": row["messages"][-1]["content"], "base": one, "adapter": other}
-            for row, one, other in zip(rows, plain, played, strict=True)
+            {
+                "asked": row["messages"][:-1],
+                "reference": row["messages"][-1]["content"],
+                **{one: texts[i] for one, (_, texts) in measured.items()},
+            }
+            for i, row in enumerate(rows)
         ]
-        print(say("{name}: {count} questions asked of both", name=name, count=len(rows)), flush=True)
+        conditions = ", ".join(translated(CONDITIONS[one]) for one in asked)
+        told = say("{name}: {count} questions asked ({conditions})", name=name, count=len(rows), conditions=conditions)
+        print(told, flush=True)
     lines = [
-        (name, model, f"{one[model]['loss']:.2f}", f"{one[model]['stops']:.0%}", f"{one[model]['equal']:.0%}")
+        (name, translated(shown), f"{one[key]['loss']:.2f}", f"{one[key]['stops']:.0%}", f"{one[key]['equal']:.0%}")
         for name, one in found.items()
-        for model in ("base", "adapter")
+        for key, shown in CONDITIONS.items()
+        if key in one
     ]
     head = ("", "", say("loss, nats a token"), say("stops by itself"), say("equals the reference"))
     utils.table(lines, head)

@@ -523,7 +523,9 @@ def test_base_and_adapter_are_measured_on_every_set(command, one_process, data):
     for name, one in found["sets"].items():
         assert one["rows"] == len(one["answers"]) <= 3 and f"{one['adapter']['loss']:.2f}" in printed
         row = one["answers"][0]
-        for model in ("base", "adapter"):
+        asked = ("no_prompt", "base", "adapter") if name == "new wordings" else ("base", "adapter")
+        assert set(one) == {"rows", "answers", *asked}
+        for model in asked:
             assert one[model]["equal"] == sum(a[model] == a["reference"] for a in one["answers"]) / one["rows"], name
         # The textbook way: the whole conversation through peft, the mask by the length of the prompt.
         base = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32)
@@ -543,6 +545,8 @@ def test_base_and_adapter_are_measured_on_every_set(command, one_process, data):
             sums[1] += labels.shape[1] - start
         assert one["adapter"]["loss"] == pytest.approx(sums[0] / sums[1], rel=1e-4)
         assert one["base"]["loss"] != pytest.approx(one["adapter"]["loss"], rel=1e-3)
+        if "no_prompt" in asked:
+            assert one["no_prompt"]["loss"] != pytest.approx(one["base"]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", ["0", "-1", "some"])
