@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CHROMIUM ?= chromium
 export MPLBACKEND ?= module://matplotlib_inline.backend_inline
 # Threads of torch that wait sleep soon: two kernels on the same two cores slowed each other tenfold without it.
-export GOMP_SPINCOUNT ?= 300
+export GOMP_SPINCOUNT ?= 1000
 # JupyterLab refuses to start as root (rented GPUs, containers) without this option.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 # Jupyter and other libraries make files below HOME.

@@ -155,8 +155,9 @@ def prepare() -> None:
     """Set what the libraries must find before they are imported: a home folder, threads that sleep, fewer warnings."""
     need_home()
     # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
-    # slowed each other tenfold (8.4 s instead of 0.8 s a step). torch reads it when it is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "300")
+    # slow each other tenfold. With too low a limit one kernel by itself is slow: a training step of notebook 05 took
+    # 1.46 s at 300, 0.52 s at 1,000 (2 cores, EPYC); two kernels at once 1.3 s at both. torch reads it when imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Imported by peft and transformers, it asks for a package that a processor can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

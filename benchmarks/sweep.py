@@ -3,14 +3,13 @@
     python benchmarks/sweep.py                        the default grid, one run at a time
     python benchmarks/sweep.py --jobs 12              twelve runs at once; for a GPU, which one run keeps half busy
     python benchmarks/sweep.py --table                the table of what `benchmarks/sweep.jsonl` holds
-    python benchmarks/sweep.py --batches 8 32 128     the same rows in larger batches, with curves, to batches.jsonl
+    python benchmarks/sweep.py --batches 8 32 128     one pass in batches of each size, with curves, to batches.jsonl
 
-Each run is notebook 05 in float32 without its recording: the same rows and LoRA targets, batches of 8, one pass over
-the rows, a cosine schedule with 5 % warmup. The rows come in random order instead of batches of similar length; the
-seed decides that order and the adapter's start. It needs the tokens of notebooks 03 and 04. One line a run goes to
-`benchmarks/sweep.jsonl`: the mean loss in nats a token on new wordings (the validation set, with its curve over the
-rows read), on new answers and on the test questions, and the shares of test questions whose greedy answer stops and
-equals the reference.
+Each run is notebook 05 in float32 without its recording: the same rows and LoRA targets, batches of 16, two passes
+over the rows, a cosine schedule with 5 % warmup. The rows come in random order instead of batches of similar length;
+the seed decides that order and the adapter's start. It needs the tokens of notebooks 03 and 04. One line a run goes to
+`benchmarks/sweep.jsonl`: the mean loss in nats a token on new wordings (the validation set), on new answers and on the
+test questions, and the shares of test questions whose greedy answer stops and equals the reference.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from course.rows import load_rows
 
 RESULTS = ROOT / "benchmarks" / "sweep.jsonl"
 CURVES = ROOT / "benchmarks" / "batches.jsonl"
-BATCH, EPOCHS, WARMUP = 8, 1, 0.05
+BATCH, EPOCHS, WARMUP = 16, 2, 0.05
 POINTS = 12  # of a curve
 
 
@@ -101,11 +100,13 @@ def trained(
     seed: int,
     rank: int = 8,
     batch_size: int = BATCH,
+    epochs: int | None = None,
     each_step: Callable[[Any, int, int], None] | None = None,
 ) -> tuple[Any, int]:
     """The model with an adapter trained on these samples, and the number of steps.
 
     Args:
+        epochs: passes over the rows; None for those of notebook 05.
         each_step: called with the model, the steps made and the steps of the whole run, before the first step and
             after each.
     """
@@ -124,13 +125,14 @@ def trained(
     model = get_peft_model(model, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     order = torch.Generator().manual_seed(seed)
-    steps, made = EPOCHS * -(-len(rows) // batch_size), 0
+    epochs = epochs or EPOCHS
+    steps, made = epochs * -(-len(rows) // batch_size), 0
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * WARMUP), steps)
     model.train()
     if each_step:
         each_step(model, 0, steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         shuffled = torch.randperm(len(rows), generator=order).tolist()
         for start in range(0, len(rows), batch_size):
             batch = padded([rows[i] for i in shuffled[start : start + batch_size]], pad, device)
@@ -145,28 +147,32 @@ def trained(
     return model.eval(), steps
 
 
-def one_run(alpha: int, rate: float, seed: int, rank: int = 8, batch_size: int = BATCH) -> dict[str, Any]:
-    """Train once and measure; a loss of NaN is kept as such. With another batch size the curve is kept too."""
+def one_run(alpha: int, rate: float, seed: int, rank: int = 8, batch_size: int | None = None) -> dict[str, Any]:
+    """Train once and measure; a loss of NaN is kept as such.
+
+    Args:
+        batch_size: with it one pass is made in batches of this size, and the curve of the loss on new wordings is kept.
+    """
     from transformers import AutoTokenizer
 
     course = utils.start()
     tokenizer = AutoTokenizer.from_pretrained(model_folder(course))
     parts = samples_of(course, tokenizer)
-    curve: list[list[float]] = []
+    train, curve = parts.pop("train"), []
 
     def note(model: Any, made: int, steps: int) -> None:
         if made * POINTS // steps > (made - 1) * POINTS // steps or not made:
             loss = mean_loss(model.eval(), parts["new_wordings"], tokenizer.pad_token_id)
-            curve.append([min(made * batch_size, count), round(loss, 4)])
+            curve.append([min(made * batch_size, len(train)), round(loss, 4)])
             model.train()
 
-    train = parts.pop("train")
-    count = EPOCHS * len(train)
-    model, steps = trained(train, alpha, rate, seed, rank, batch_size, note)
+    once = {"batch_size": batch_size, "epochs": 1, "each_step": note} if batch_size else {}
+    model, steps = trained(train, alpha, rate, seed, rank, **once)
     losses = {name: round(mean_loss(model, part, tokenizer.pad_token_id), 4) for name, part in parts.items()}
     stops, equal = greedy_shares(model, parts["test"], tokenizer)
-    made = {"batch": batch_size, "rank": rank, "alpha": alpha, "learning_rate": rate, "seed": seed, "steps": steps}
-    made["curve"] = curve
+    made = {"rank": rank, "alpha": alpha, "learning_rate": rate, "seed": seed, "steps": steps}
+    if batch_size:
+        made |= {"batch": batch_size, "epochs": 1, "curve": curve}
     return made | losses | {"stops": round(stops, 3), "equal": round(equal, 3)} | where_run()
 
 
@@ -205,13 +211,11 @@ def main() -> int:
     parse.add_argument("--results", type=Path, default=RESULTS)
     parse.add_argument("--table", action="store_true")
     parse.add_argument("--batches", type=int, nargs="+", help="batch sizes to compare, at an alpha of 32")
-    parse.add_argument(
-        "--one", nargs=4, metavar=("ALPHA", "RATE", "SEED", "BATCH"), help="one run, its line is printed"
-    )
+    parse.add_argument("--one", nargs="+", help="one run (alpha, rate, seed, batch size or none), its line is printed")
     chosen = parse.parse_args()
     if chosen.one:
-        alpha, rate, seed, batch = chosen.one
-        line = one_run(int(alpha), float(rate), int(seed), batch_size=int(batch))
+        alpha, rate, seed, *batch = chosen.one
+        line = one_run(int(alpha), float(rate), int(seed), batch_size=int(batch[0]) if batch else None)
         print("RESULT " + json.dumps(line), flush=True)
         return 0
     if chosen.batches:
@@ -221,9 +225,10 @@ def main() -> int:
     if chosen.table:
         table(lines)
         return 0
-    there = {tuple(line[name] for name in ("alpha", "learning_rate", "seed", "batch")) for line in lines}
-    batches = chosen.batches or [BATCH]
-    grid = (cell[::-1] for cell in product(batches, chosen.seeds, chosen.rates, chosen.alphas))  # one whole grid a seed
+    names = ["batch"] * bool(chosen.batches) + ["seed", "learning_rate", "alpha"]
+    there = {tuple(line[name] for name in reversed(names)) for line in lines}
+    parts = [chosen.batches] * bool(chosen.batches) + [chosen.seeds, chosen.rates, chosen.alphas]
+    grid = (cell[::-1] for cell in product(*parts))  # one whole grid a seed
     todo, running, failed = [cell for cell in grid if cell not in there], [], 0
     while todo or running:
         while todo and len(running) < chosen.jobs:

@@ -61,7 +61,7 @@ done
 
 export COURSE_OUTPUT="${COURSE_OUTPUT:-$WORK/output}"
 export PYTHONSTARTUP="$COURSE/course/startup.py" MPLBACKEND=module://matplotlib_inline.backend_inline
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-300}" # threads of torch that wait sleep soon, for other kernels need the cores
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}" # threads of torch that wait sleep soon, for other kernels need the cores
 export PATH="$COURSE/.venv/bin:$PATH"
 cd "$WORK"
 

@@ -122,7 +122,7 @@ def sample(tokenizer, cell):
     made = {"utils": utils, "settings": utils.settings(), "tokenizer": tokenizer}
     made["user_token"] = tokenizer.convert_tokens_to_ids("<|user|>")
     exec(cell("04_chat_template", "SYSTEM_PROMPT = ").splitlines()[0], made)
-    for part in ("def render", "def tokenize"):
+    for part in ("def render", "def one_turn", "def prepared_turns", "def tokenize"):
         exec(cell("04_chat_template", part), made)
     exec(cell("04_chat_template", "sample_row = ").rsplit("\n", 1)[0], made)
     return made

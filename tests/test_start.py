@@ -322,7 +322,7 @@ print(environment["GOMP_SPINCOUNT"], environment["HOME"] != before[0]["HOME"], l
     )
     first, *said = done.stdout.splitlines()
     assert first == "True"
-    assert said[-2:] == ["True", "300 True 40 (<class 'NameError'>,)"]
+    assert said[-2:] == ["True", "1000 True 40 (<class 'NameError'>,)"]
     assert sum("HOME=/dev/null/home cannot be written" in line for line in said) == 1
 
 

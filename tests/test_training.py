@@ -87,7 +87,7 @@ def test_a_notebook_before_its_turn_says_what_to_run(course_in, name, first):
 
 def test_a_prompt_that_fills_a_sample_is_named(cell, tokenizer):
     space = {"tokenizer": tokenizer, "utils": utils, "SYSTEM_PROMPT": "现在你要扮演甄嬛，皇上身边的一位妃子。"}
-    for part in ("def render", "def tokenize", "def all_samples"):
+    for part in ("def render", "def one_turn", "def prepared_turns", "def tokenize", "def all_samples"):
         exec(cell("04_chat_template", part), space)
     row = {"messages": [{"role": "user", "content": "长" * 5000}, {"role": "assistant", "content": "好"}]}
     with pytest.raises(utils.CourseError, match="the prompt alone fills 1024 tokens: shorten 长长长"):

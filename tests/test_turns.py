@@ -46,7 +46,7 @@ def notebook(tokenizer):
     space = {"utils": utils, "tokenizer": tokenizer, "SYSTEM_PROMPT": "你是甄嬛。"}
     for cell in cells:
         source = "".join(cell["source"])
-        if re.search(r"^def (render|tokenize|thinks)\(", source, re.MULTILINE):
+        if re.search(r"^def (render|one_turn|prepared_turns|tokenize|thinks)\(", source, re.MULTILINE):
             exec(source.partition("\n\n\ndef all_samples")[0].replace("from datasets import Dataset", ""), space)
     return space
 

@@ -566,8 +566,8 @@ def formatter(cell, tokenizer) -> dict[str, Any]:
     """`render`, `one_turn` and `tokenize` of notebook 04, taken from its cells."""
     user = tokenizer.convert_tokens_to_ids("<|user|>")
     space = {"tokenizer": tokenizer, "utils": utils, "SYSTEM_PROMPT": SYSTEM, "user_token": user}
-    exec(cell("04_chat_template", "def render"), space)
-    exec(cell("04_chat_template", "def tokenize"), space)
+    for part in ("def render", "def one_turn", "def prepared_turns", "def tokenize"):
+        exec(cell("04_chat_template", part), space)
     return space
 
 
