@@ -53,11 +53,11 @@ dashboard: setup
 # Test files side by side; each works with one thread, so that they do not take the cores from each other.
 TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-# Last what uses the adapter that the notebooks have left in output/test: the exercises of 06 and 09, and 50 questions.
+# Last what uses what the notebooks have left in output/test: figures, the exercises of 06 and 09, and 50 questions.
 test: lint
-	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py test_serving.py)
+	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py test_results.py test_serving.py)
 	@$(BIN)/python tools/run_nbval.py notebooks/$(COURSE_LANGUAGE)
-	@$(TOGETHER:loadfile=load) tests/test_exercises.py tests/test_serving.py
+	@$(TOGETHER:loadfile=load) $(addprefix tests/test_,exercises.py results.py serving.py)
 
 # After make test: the Chinese series too, on the training that the English one has left in output/test. Those named in
 # SKIP are not executed.

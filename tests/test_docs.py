@@ -24,20 +24,16 @@ GOOD = {"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}
 RESULTS = {
     "fetched again: ‹›",
     "‹›: ‹› bytes sent, starting at byte ‹›",
-    "new answers: the loss falls by more than a fifth, then rises again",
-    "new wordings: the loss falls to the end, by more than half",
     "‹›: ‹› points in SwanLab, the same as in the notebook: ‹›",
-    "Both losses fall; new wordings of taught answers are far easier than answers that were never taught.",
-    "Both play 甄嬛. Only the adapter knows her father's name.",
-    "The merged model, loaded without peft, gives the same answer.",
     "step ‹›/‹›",
     "trainable parameters: ‹›",
     "‹› s of training; adapter in ‹›",
     "‹› tensors changed; the checkpoint is in ‹›",
     "pictures by name: ‹› answers at steps: ‹›",
     "✓ right",
-    "SwanLab holds the numbers of the tables.",
-    "other experts by rounding alone: ‹› of the tokens",
+    "merged model and adapter give the same answer: ‹›",
+    "other experts by rounding: ‹› of the tokens",
+    "‹›: the loss is the table's: ‹›",
     "on the disk less than 50 MiB: ‹›",
 }
 

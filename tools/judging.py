@@ -1,6 +1,7 @@
 """Answers that readers judge: asked of base and adapter, mixed, shown without their author, and counted afterwards.
 
-python tools/judging.py ask ANSWERS           base and adapter (of COURSE_OUTPUT) answer the held-out sets of dataset/
+python tools/judging.py ask ANSWERS [--load-in-4bit]
+                                              base and adapter (of COURSE_OUTPUT) answer the held-out sets of dataset/
 python tools/judging.py sheet ANSWERS SHEET   the answers in mixed order, without who gave them, for two readers
 python tools/judging.py result ANSWERS MARKS MARKS
                                               what each author reached, and how far the two readers agree
@@ -45,11 +46,11 @@ def held_out() -> dict[str, list[list[dict[str, str]]]]:
     return sets
 
 
-def ask(target: Path) -> None:
+def ask(target: Path, load_in_4bit: bool = False) -> None:
     """What base and adapter answer to every held-out question, by greedy decoding and by beam search."""
     from finetune.chat import Persona
 
-    persona = Persona(history=True)
+    persona = Persona(load_in_4bit, history=True)
     rows = []
     for name, conversations in held_out().items():
         for messages in conversations:
@@ -128,9 +129,10 @@ def main() -> None:
     parser.add_argument("command", choices=("ask", "sheet", "result"))
     parser.add_argument("answers", type=Path)
     parser.add_argument("others", type=Path, nargs="*")
+    parser.add_argument("--load-in-4bit", action="store_true", help="ask: with the weights in 4 bits")
     options = parser.parse_args()
     if options.command == "ask":
-        return ask(options.answers)
+        return ask(options.answers, options.load_in_4bit)
     answers = json.loads(options.answers.read_text(encoding="utf-8"))
     if options.command == "sheet":
         return sheet(answers, *options.others)

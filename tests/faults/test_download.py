@@ -265,7 +265,9 @@ def test_a_complete_cache_needs_no_hub(cell, fetch, course, fault):
     with FaultyHub(utils.BUNDLED, MODEL_ID) as closing:
         folder = fetch(closing.endpoint)
     names = {"settings": course, "model_id": MODEL_ID, "cache": course.output / "hub", "folder": folder}
-    exec(cell("02_download", "local_files_only=True)"), {**names, "utils": utils, "Path": Path, **client()})
+    names |= {"utils": utils, "Path": Path, **client()}
+    exec(cell("02_download", "local_files_only=True)"), names)
+    assert Path(names["again"]) == folder
     fault.record(AREA, "network gone after a complete download", "the hub is stopped", "the cache is used as it is")
 
 
