@@ -194,7 +194,7 @@ def needed(form: str, trained: Trained, kind: str) -> tuple[int, int]:
     shards = [path.stat().st_size for path in trained.base.glob("*.safetensors")]
     expert = config.hidden_size * config.moe_intermediate_size
     if form in ("adapter", "split"):  # the split one repeats the A of `gate_up`: for `gate` and for `up`
-        return 2 * adapter, 0 if form == "adapter" else 3 * adapter
+        return (adapter, 0) if form == "adapter" else (2 * adapter, 3 * adapter)
     if form == "merged":
         return sum(shards), 2 * max(shards) + 12 * expert
     block, length = gguf_file.gguf.GGML_QUANT_SIZES[gguf_file.TYPES[kind][1]]

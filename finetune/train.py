@@ -211,7 +211,7 @@ def require_even_shares(recipe: planner.Recipe, processes: int) -> None:
 def loaded(options: Options, plan: planner.Plan, folder: Path) -> Any:
     """The model of a folder, without progress bars."""
     set_seed(options.seed)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 3: NaN gradients
+    torch.backends.cuda.enable_cudnn_sdp(False)  # notebook 05, section 2: NaN gradients
     logging.disable_progress_bar()
     return load_model(folder, plan.recipe.load_in_4bit)
 

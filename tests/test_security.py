@@ -182,7 +182,7 @@ def test_a_key_is_never_echoed_or_saved(cell, tmp_path, fault, way):
     fault.record(
         "security",
         f"a key by {way}",
-        "notebook 05, section 9, in a real kernel with a made-up key",
+        "notebook 05, section 11, in a real kernel with a made-up key",
         "the key is in no message of the kernel and in no file" + ("; the prompt is hidden" if way == "prompt" else ""),
     )
 
