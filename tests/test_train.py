@@ -394,7 +394,7 @@ def test_notebook_05_takes_4_bits_where_only_they_fit(command, prepared, data, m
             exec(cell.source, space)
             assert not space["four_bit"]
             most, packed = (space["own_plan"](four_bit).peak for four_bit in (False, True))
-            on_machine(monkeypatch, Machine(1, (most + packed) / 2 / planner.FULL, "H100", 64, 100))
+            space["machine"] = Machine(1, (most + packed) / 2 / planner.FULL, "H100", 64, 100)
         exec(cell.source, space)
     assert space["four_bit"] and isinstance(space["model"].get_base_model(), GroupedGlm4MoeForCausalLM)
     routed = [
