@@ -155,8 +155,8 @@ def prepare() -> None:
     """Set what the libraries must find before they are imported: a home folder, threads that sleep, fewer warnings."""
     need_home()
     # Threads of torch that wait spin only shortly before they sleep. Without a limit, two kernels on the same two cores
-    # slow each other tenfold. With too low a limit one kernel by itself is slow: a training step of notebook 05 took
-    # 1.46 s at 300, 0.52 s at 1,000 (2 cores, EPYC); two kernels at once 1.3 s at both. torch reads it when imported.
+    # slow each other tenfold. With too low a limit one kernel by itself is slow: a bare step of
+    # 8 rows took 1.46 s at 300, 0.52 to 0.95 s at 1,000 (2 cores, EPYC); two at once 1.3 s. torch reads it on import.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Imported by peft and transformers, it asks for a package that a processor can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -32,11 +32,7 @@ from finetune.machine import GIB
 FOLDER, JUDGED = "report", "judged.json"
 EXAMPLES = 2  # answers of each set that are shown: the first ones, so that nobody chooses
 #: What is compared, and the names that `evaluation.json` may give to it. Base and adapter have the system prompt.
-CONDITIONS = {
-    marked("no prompt"): ("no_prompt", "no prompt", "no-prompt"),
-    marked("prompt only"): ("base", "prompt_only", "prompt only"),
-    "LoRA": ("adapter", "lora", "LoRA"),
-}
+CONDITIONS = {name: (key, name) for key, name in evaluate.CONDITIONS.items()}
 #: The sets of `evaluation.json` and of `judged.json`, for the translation.
 SETS = (marked("situations"), marked("wordings"), marked("second turns"), marked("third turns"))
 #: What the judging takes, from the questions to the table.

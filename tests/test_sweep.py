@@ -40,6 +40,19 @@ def test_one_run_learns_and_reports_every_figure(monkeypatch):
     assert run["alpha"] == 32 and 0 <= run["equal"] <= 1
 
 
+def test_a_batch_size_makes_one_pass_and_keeps_the_curve(monkeypatch):
+    ids = [10, 20, 21, 22, 23, 24]
+    parts = {
+        name: [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for _ in range(8)]
+        for name in ("train", "new_wordings", "new_answers", "test")
+    }
+    monkeypatch.setattr(sweep, "samples_of", lambda *_: parts)
+    run = sweep.one_run(32, 4e-3, seed=1, batch_size=4)
+    assert (run["batch"], run["epochs"], run["steps"]) == (4, 1, 2)
+    assert [seen for seen, _ in run["curve"]] == [0, 4, 8]
+    assert run["curve"][-1][1] == run["new_wordings"] < run["curve"][0][1]
+
+
 def test_the_course_uses_a_pair_that_three_seeds_cannot_tell_from_the_best():
     notebook = nbformat.read(ROOT / "notebooks" / "en" / "05_lora_training.ipynb", as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
