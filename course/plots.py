@@ -30,6 +30,15 @@ NAMES = (
     marked("her answers, base"),
     marked("prose, adapter"),
     marked("her answers, adapter"),
+    marked("no prompt"),
+    marked("prompt only"),
+    marked("LoRA"),
+    marked("weights"),
+    marked("base"),
+    marked("adapter"),
+    marked("activations"),
+    marked("layer update"),
+    marked("rest"),
 )
 
 
@@ -268,3 +277,127 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> utils.Shown:
             )
         )
     return picture(figure, say("Share of tokens by layer and expert, in %. {panels}.", panels=say("; ").join(said)))
+
+
+def token_loss_picture(tokens: Sequence[str], losses: dict[str, Sequence[float]]) -> utils.Shown:
+    """The loss of every token of one answer, in nats: for each condition a bar over each token.
+
+    Args:
+        tokens: the answer's tokens as text.
+        losses: condition to the loss of each token.
+    """
+    figure, (plot,) = axes(width=max(7.0, 0.5 * len(tokens)), height=3.2)
+    width, said = 0.8 / len(losses), []
+    for number, (name, nats) in enumerate(losses.items()):
+        how = {"color": (BLACK, BLUE, RED)[number % 3], "hatch": ("//", "", "xx")[number % 3], "edgecolor": "white"}
+        places = [i + width * number for i in range(len(tokens))]
+        plot.bar(places, nats, width, label=translated(name), **how)
+        worst = max(range(len(tokens)), key=nats.__getitem__)
+        said.append(
+            say(
+                "{name}: mean {mean:.2f}, most at token {number} ({token}), {most:.2f}",
+                name=translated(name),
+                mean=sum(nats) / len(nats),
+                number=worst + 1,
+                token=tokens[worst],
+                most=nats[worst],
+            )
+        )
+    plot.set_xticks([i + width * (len(losses) - 1) / 2 for i in range(len(tokens))], _labels(tokens))
+    plot.set(ylabel=say("nats"), title=say("Loss of each token of one answer"))
+    plot.legend()
+    return picture(figure, say("Loss of each token of one answer, in nats. {curves}.", curves=say("; ").join(said)))
+
+
+def _labels(tokens: Sequence[str]) -> list[str]:
+    """Tokens as labels of an axis: a line break is seen, and a dollar sign begins no formula."""
+    return [token.replace("\n", "⏎").replace("$", r"\$") for token in tokens]
+
+
+def token_experts_picture(tokens: Sequence[str], weights: dict[str, Any], layer: int) -> utils.Shown:
+    """Which experts of one layer read each token, and with what weight: a column a token, a row an expert.
+
+    Args:
+        tokens: as text, in their order.
+        weights: title to an array of shape (tokens, experts); 0 where the expert was not chosen.
+        layer: the layer's number.
+    """
+    figure, plots = axes(len(weights), width=0.32 * len(tokens) * len(weights) + 1, height=3.8)
+    said = []
+    for plot, (title, array) in zip(plots, weights.items(), strict=True):
+        image = plot.imshow(array.T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        plot.set_xticks(range(len(tokens)), _labels(tokens), fontsize=8)
+        plot.set_yticks(range(0, array.shape[1], -(-array.shape[1] // 16)))
+        plot.set(title=translated(title), ylabel=say("expert"))
+        if array.shape[1] <= 32:  # with 128 experts the figures would cover the picture
+            for token, expert in zip(*array.nonzero(), strict=True):
+                ink = "white" if array[token, expert] > 0.6 else "black"
+                plot.text(
+                    token, expert, f"{100 * array[token, expert]:.0f}", ha="center", va="center", fontsize=6, color=ink
+                )
+        used = sorted({int(expert) for expert in array.sum(axis=0).nonzero()[0]})
+        busiest = int((array > 0).sum(axis=0).argmax())
+        said.append(
+            say(
+                "{title}: {count} experts used, expert {expert} by {tokens} of {all} tokens",
+                title=translated(title),
+                count=len(used),
+                expert=busiest,
+                tokens=int((array[:, busiest] > 0).sum()),
+                all=len(tokens),
+            )
+        )
+    figure.colorbar(image, label=say("weight (in the cells: in %)"))
+    return picture(
+        figure, say("Experts of each token in layer {layer}. {panels}.", layer=layer, panels=say("; ").join(said))
+    )
+
+
+def memory_picture(plans: dict[str, dict[str, float]], there: dict[str, float]) -> utils.Shown:
+    """Stacked bars of the memory of each plan in GiB, with a mark where the GPUs of the plan end.
+
+    Args:
+        plans: title to the parts of its memory, in GiB.
+        there: title to the GiB of all its GPUs together.
+    """
+    figure, (plot,) = axes(width=8.0, height=0.55 * len(plans) + 1.4)
+    parts = list(dict.fromkeys(part for plan in plans.values() for part in plan))
+    colours, hatches = (BLUE, RED, GREEN, PURPLE, BLACK), ("", "xx", "//", "..", "\\\\")
+    left = dict.fromkeys(plans, 0.0)
+    for number, part in enumerate(parts):
+        sizes = [plan.get(part, 0.0) for plan in plans.values()]
+        how = {"color": colours[number % 5], "hatch": hatches[number % 5], "edgecolor": "white"}
+        plot.barh(list(plans), sizes, left=list(left.values()), label=translated(part), height=0.6, **how)
+        left = {title: left[title] + size for title, size in zip(plans, sizes, strict=True)}
+    for place, title in enumerate(plans):
+        plot.plot([there[title]] * 2, [place - 0.4, place + 0.4], color=BLACK, linestyle="-", linewidth=3)
+        plot.text(there[title] + 4, place, say("{gib:.0f} GiB there", gib=there[title]), va="center", fontsize=8)
+    plot.invert_yaxis()
+    plot.set(
+        xlabel="GiB", title=say("Memory of all GPUs together"), xlim=(0, 1.25 * max(*left.values(), *there.values()))
+    )
+    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    said = []
+    for title, plan in plans.items():
+        shares = say(", ").join(f"{translated(part)} {size:.1f}" for part, size in plan.items())
+        said.append(say("{title}: {shares}; {gib:.0f} GiB there", title=title, shares=shares, gib=there[title]))
+    return picture(figure, say("Memory in GiB. {plans}.", plans=say(". ").join(said)))
+
+
+def batch_picture(curves: dict[tuple[int, float], Sequence[tuple[int, float]]]) -> utils.Shown:
+    """The loss on new wordings against the samples seen, a curve for each batch size with its learning rate.
+
+    Args:
+        curves: (batch size, learning rate) to points of (samples seen, loss), the last one at the end of the training.
+    """
+    figure, (plot,) = axes(height=3.2)
+    said = []
+    for (size, rate), points in curves.items():
+        label = say("batch size {size}, learning rate {rate:g}", size=size, rate=rate)
+        plot.plot(*zip(*points, strict=True), marker="o", label=label)
+        said.append(say("{end:.2f} at batch size {size}", end=points[-1][1], size=size))
+    title = say("Loss on new wordings")
+    plot.set(xlabel=say("samples seen"), ylabel=say("nats a token"), title=title, ylim=(0, None))
+    plot.legend()
+    ends = say("; ").join(said)
+    return picture(figure, say("Loss on new wordings against samples seen, at the end {ends}.", ends=ends))
