@@ -149,15 +149,24 @@ def peaks() -> list[tuple[float, float]]:
 
 
 def measure(
-    model: torch.nn.Module, samples: int, passes: int, steps: int, packed: bool, checkpointing: bool, profile: str = ""
+    model: torch.nn.Module,
+    samples: int,
+    passes: int,
+    steps: int,
+    packed: bool,
+    checkpointing: bool,
+    profile: str = "",
+    record: bool = False,
 ) -> dict[str, Any]:
-    """Train some steps of `samples` samples in `passes` passes; the first two steps only warm up.
+    """Train on the rows of some steps of `samples` samples in `passes` passes, twice: the first time only warms up.
+
+    With `record` three times: in the second each size is recorded as a CUDA graph, and what is timed is replayed.
 
     Returns:
-        Seconds a step (median), tokens and samples a second over all GPUs, GiB at most on each GPU.
+        Seconds a step (mean), tokens and samples a second over all GPUs, GiB at most on each GPU.
     """
     world = launched().processes
-    data = rows(samples * (steps + 2), model.config)
+    data, rounds = rows(samples * steps, model.config), 3 if record else 2
     tokenizer = None
     if not packed:
         from tokenizers import Tokenizer, models
@@ -169,9 +178,10 @@ def measure(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=samples // passes // world,
         gradient_accumulation_steps=passes,
-        max_steps=steps + 2,
+        max_steps=steps * rounds,
         learning_rate=1e-4,
         activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if launched().processes > 1 and not torch.cuda.is_available() else None,
@@ -189,6 +199,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     collator = PackedRows() if packed else DataCollatorForSeq2Seq(tokenizer, padding=True)
     trainer = ShardedTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
+    if record:
+        trainer.record_steps()
     if profile:
         from torch.profiler import ProfilerActivity
 
@@ -198,8 +210,8 @@ def measure(
         Path(profile).write_text(table, encoding="utf-8")
     else:
         trainer.train()
-    seconds = statistics.median(clock.seconds[2:])
-    tokens = sum(len(row["input_ids"]) for row in data) / (steps + 2)
+    seconds = statistics.mean(clock.seconds[-steps:])
+    tokens = sum(len(row["input_ids"]) for row in data) / steps
     found = peaks()
     return {
         "samples": samples,
@@ -302,14 +314,15 @@ def worker(options: argparse.Namespace) -> None:
                 file.write(json.dumps(result) + "\n")
 
     for padded, job in jobs if options.samples != "none" else ():
-        checkpointing = not job.endswith("n")
-        samples, _, passes = job.removesuffix("n").partition("/")
+        record = job.endswith("r")
+        checkpointing = not job.removesuffix("r").endswith("n")
+        samples, _, passes = job.removesuffix("r").removesuffix("n").partition("/")
         recipe = "textbook" if textbook else "textbook batches" if padded else "ours"
-        result: dict[str, Any] = {"recipe": recipe} | facts
+        result: dict[str, Any] = {"recipe": recipe} | facts | ({"recorded": True} if record else {})
         model.get_base_model().set_attn_implementation("sdpa" if padded else "packed")
         try:
             result |= measure(
-                model, int(samples), int(passes or 1), options.steps, not padded, checkpointing, options.profile
+                model, int(samples), int(passes or 1), options.steps, not padded, checkpointing, options.profile, record
             )
             if config.num_hidden_layers == AIR.num_hidden_layers:
                 result["share_of_limit"] = round(result["tokens_per_second"] * FLOP_A_TOKEN / devices / rate, 3)
@@ -339,6 +352,7 @@ def table(path: Path) -> str:
         planned = planned_for(row) if row["gpu"] != "CPU" else None
         passes = f" in {row['passes']} passes" if row["passes"] > 1 else ""
         kept = "" if row["checkpointing"] else ", all activations kept"
+        kept += ", recorded" if row.get("recorded") else ""
         share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
         cells = (f"{row['gpus']} x {row['gpu']}", row["layers"], row["recipe"], "4-bit" if row["bits"] == 4 else "bf16")
         cells += (f"{row['samples']}{passes}{kept}", f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}")
@@ -361,6 +375,7 @@ def planned_for(row: dict[str, Any], rows: planner.Rows = planner.ROLE_PLAY) -> 
         load_in_4bit=row["bits"] == 4,
         gradient_checkpointing=row["checkpointing"],
         baseline=row["recipe"] == "textbook",
+        recorded=row.get("recorded", False),
     )
     gpus = row.get("gpus", 1)
     machine = Machine(gpus, CARDS[card].gib if card else 0.0, card, 128, 1000)
@@ -375,7 +390,9 @@ def main() -> int:
     parse.add_argument("--bits", type=int, choices=(4, 16), help="default: 16 where it fits, else 4")
     parse.add_argument("--groups", choices=("all", "attention"), default="all")
     parse.add_argument("--rank", type=int, default=8)
-    parse.add_argument("--samples", help="samples a step, or samples/passes; n behind it: no checkpointing; none")
+    parse.add_argument(
+        "--samples", help="samples a step, or samples/passes; n behind it: no checkpointing, r: recorded; none"
+    )
     parse.add_argument("--steps", type=int, default=4)
     parse.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")
     parse.add_argument("--profile", default="", help="write the profiler's table to this file")

@@ -11,6 +11,9 @@ from itertools import pairwise
 import numpy as np
 from rapidfuzz import fuzz, process
 
+import utils
+from course.language import say
+
 #: How many texts are compared with how many at once: some MiB of intermediate results.
 BLOCK, ACROSS = 64, 8192
 #: 64-bit words of a signature.
@@ -68,6 +71,45 @@ def similar_pairs(texts: Sequence[str], least: int, most: int = 100_000) -> tupl
         ties.count += len(same) * (len(same) - 1) // 2
         kept |= {pair: 100 for pair in pairwise(same)}
     return ties.count, dict(sorted(kept.items()))
+
+
+def require_two_groups(
+    groups: Sequence[Sequence[int]],
+    questions: Sequence[str],
+    answers: Sequence[str],
+    similarity: dict[tuple[int, int], int],
+    threshold: int,
+    file: str,
+) -> None:
+    """Stop where all rows are in one group, so that none can be held out.
+
+    Args:
+        groups: the row numbers of each group.
+        questions: that of each row.
+        answers: the different answers of all rows.
+        similarity: the pairs of `similar_pairs`.
+        threshold: from this similarity on, two questions tie their rows together.
+        file: what the data file is called in the message.
+
+    Raises:
+        CourseError: there is one group; the message says what ties the rows together, and what to write.
+    """
+    if len(groups) > 1:
+        return
+    import networkx as nx
+
+    alike = nx.Graph(pair for pair, score in similarity.items() if score >= threshold)
+    reason = say("equal answers and similar questions tie all rows together. Add rows that share neither with these.")
+    if len(set(questions)) == 1:
+        reason = say("all rows ask the same. Write other questions; what only a history says belongs into them.")
+    elif len(answers) == 1:
+        reason = say("all rows have the same answer. Write at least two different ones, better thirty.")
+    elif len(alike) == len(questions) and nx.is_connected(alike):
+        reason = say(
+            "all questions are similar, some through others. Write other questions, or raise ALIKE above {threshold}.",
+            threshold=threshold,
+        )
+    raise utils.CourseError(say("{file}: none can be held out, since {reason}", file=file, reason=reason))
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray:

@@ -35,6 +35,7 @@ class Recipe:
         gradient_accumulation_steps: forward and backward passes that one optimizer step is split into.
         gradient_checkpointing: keep each layer's input only, and compute the layer again in the backward pass.
         baseline: as libraries do it unchanged: padded batches, all logits, peft's full-size update of the experts.
+        recorded: replay the kernels of a pass as a CUDA graph (`finetune/recorded.py`).
     """
 
     batch_size: int = 16
@@ -46,6 +47,7 @@ class Recipe:
     epochs: int = 3
     max_steps: int = -1
     baseline: bool = False
+    recorded: bool = False
 
     def steps(self, rows: int) -> int:
         """Optimizer steps over so many rows; the last step of an epoch is filled up."""
@@ -343,11 +345,14 @@ def memory(config: Any, recipe: Recipe, load: Load, gpus: int, processes: int) -
     reduced = gradients if processes > 1 and four else 0  # the buffer in which the processes' gradients are summed
     # Checkpoints are used up while gradients come into being, so the larger of the two counts.
     working = max(a_token * tokens + exchanged + whole_layer, a_label * load.labels)
+    # Graphs keep the memory of a pass; a batch of a size that was not seen before, and an evaluation, need it again.
+    graphs = max(kept - gradients, 0) + working if recipe.recorded else 0.0
     return {
         marked("weights"): weights / GIB,
         marked("gathered layers"): gathered / GIB,
         marked("adapter and optimizer"): (12 * trained + gradients + reduced) / GIB,
         marked("activations"): max(max(kept - gradients, 0) + working, evaluation) / GIB,
+        marked("recorded steps"): graphs / GIB,
         marked("rest"): 1.5 if gpus else 0.8,
     }
 
@@ -378,6 +383,8 @@ def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, p
     if recipe.baseline:
         a_layer = LAUNCH_BASELINE
     launch = a_layer * config.num_hidden_layers * bool(machine.gpus)  # a processor launches nothing
+    if recipe.recorded:
+        launch = 0.0  # one call replays them all
     return recipe.gradient_accumulation_steps * max(work, launch, gather)
 
 
@@ -476,7 +483,11 @@ def command(recipe: Recipe, processes: int = 1, on_this_host: int = 1) -> str:
     start = f"torchrun --nproc-per-node {on_this_host} -m" if processes > 1 else "python -m"
     if processes > on_this_host:
         start = f"torchrun --nnodes {processes // on_this_host} --nproc-per-node {on_this_host} -m"
-    flags = " --load-in-4bit" * recipe.load_in_4bit + f" --batch-size {recipe.batch_size}"
+    flags = (
+        " --load-in-4bit" * recipe.load_in_4bit
+        + " --recorded-steps" * recipe.recorded
+        + f" --batch-size {recipe.batch_size}"
+    )
     if recipe.gradient_accumulation_steps > 1:
         flags += f" --gradient-accumulation-steps {recipe.gradient_accumulation_steps}"
     flags += " --attention-only" if recipe.groups == ("attention",) else ""

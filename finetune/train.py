@@ -26,10 +26,12 @@ from finetune.config import AIR, is_small
 from finetune.machine import this_machine
 from finetune.model import load_model
 from finetune.packing import PackedRows, SimilarLengths, pad_to
+from finetune.recorded import RecordedSteps
 
 EXPERIMENT = {"project": "glm-4.5-air-lora", "experiment_name": "huanhuan"}
 WARMUP = 0.05  # of the steps
 SCHEDULER = "cosine"
+NOT_OF_THE_SCHEDULE = ("gradient_checkpointing", "recorded")  # a run may go on with other values of these
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,19 @@ class ShardedTrainer(Trainer):
         arguments.save_only_model = self.sharded
         super().__init__(*args, **kwargs)
         arguments.save_only_model = False
+        self.recorded: RecordedSteps | None = None
+
+    def record_steps(self) -> None:
+        """Replay the kernels of a pass as a CUDA graph; for a model that is whole on one device."""
+        self.recorded = RecordedSteps(self.model)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """`Trainer`'s, or the same from a graph."""
+        if self.recorded is None or "cu_seq_lens_q" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        self.recorded.model = model  # with what `Trainer` has put around it: bf16
+        return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         """Notebook 05's order of the rows: those of one step are of similar length."""
@@ -167,6 +182,8 @@ def training_arguments(options: Options, plan: planner.Plan, output: Path, small
         ddp_find_unused_parameters=False,  # every step reaches every factor, and no buffer changes
         ddp_broadcast_buffers=False,
         activation_checkpointing=recipe.gradient_checkpointing,
+        # Nothing is drawn at random in a layer, and a recorded step could not save the generator's state.
+        activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
         logging_steps=10,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -185,7 +202,7 @@ def training_arguments(options: Options, plan: planner.Plan, output: Path, small
 
 def made_with(plan: planner.Plan, arguments: TrainingArguments, rows: int, alpha: float) -> dict[str, Any]:
     """What decides the schedule and which rows a step reads: an unfinished run goes on only with the same."""
-    recipe = {name: value for name, value in asdict(plan.recipe).items() if name not in ("gradient_checkpointing",)}
+    recipe = {name: value for name, value in asdict(plan.recipe).items() if name not in NOT_OF_THE_SCHEDULE}
     recipe["groups"] = list(recipe["groups"])
     schedule = {"learning_rate": arguments.learning_rate, "warmup": arguments.warmup_steps, "seed": arguments.seed}
     schedule |= {"scheduler": arguments.lr_scheduler_type.value, "alpha": alpha}
@@ -205,6 +222,15 @@ def require_even_shares(recipe: planner.Recipe, processes: int) -> None:
                 batch=recipe.batch_size,
                 **how,
             )
+        )
+
+
+def require_one_gpu(plan: planner.Plan) -> None:
+    """Raise a CourseError if steps are to be recorded and the model will not be whole on one GPU."""
+    whole = plan.machine.gpus == 1 or (plan.machine.gpus > 1 and plan.recipe.load_in_4bit)
+    if plan.recipe.recorded and not (whole and plan.processes == 1):
+        raise utils.CourseError(
+            say("--recorded-steps wants one process and the whole model on one GPU. Leave it out here.")
         )
 
 
@@ -234,6 +260,7 @@ def train(options: Options) -> Trainer:
     rows, prompt = parts.pop("train"), (course.output / "tokens" / "prompt.json").read_text(encoding="utf-8")
     if started.rank == 0:
         print(plan.text(), flush=True)
+    require_one_gpu(plan)
     plan.require_fit()
 
     model = loaded(options, plan, folder)
@@ -260,6 +287,8 @@ def train(options: Options) -> Trainer:
         callbacks=[Progress(), *swanlab_callback(course, recorded)],
     )
     trainer.remove_callback(PrinterCallback)
+    if plan.recipe.recorded:
+        trainer.record_steps()
     begun = time.time()
     with resume.stoppable(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)

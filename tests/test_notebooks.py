@@ -1,14 +1,22 @@
 """What every notebook of the series has to hold, whatever it teaches."""
 
+import ast
+import builtins
 import copy
+import os
 import re
+import subprocess
+import sys
 
+import cell_checks
 import headers
 import nbformat
 import pytest
 import run_nbval
+import run_series
 import test_exercises
 from conftest import ROOT
+from notebook_checks import CHECKS
 
 import utils
 
@@ -26,9 +34,9 @@ def test_there_are_nine():
     assert [path.stem[:2] for path in PATHS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
 
 
-def test_two_to_four_exercises_with_hint_check_and_solution(notebook):
+def test_two_to_five_exercises_with_hint_check_and_solution(notebook):
     kinds = [test_exercises.TITLE.match(f"### {title}")[2] for _, title, _, _ in test_exercises.exercises(notebook)]
-    assert 2 <= len(kinds) <= 4
+    assert 2 <= len(kinds) <= 5
     assert (kinds[0], kinds[-1]) in (("reading", "building"), ("读懂", "动手写"))
 
 
@@ -113,3 +121,77 @@ def test_a_run_far_from_the_header_is_named(seconds, memory, disk, count):
 def test_the_demo_questions_that_are_looked_up_are_those_that_are_asked(cell):
     asked = re.search(r"questions = (\[.+?\])", cell("06_inference", "seen = {row"))[1]
     assert f"demo = {asked}" in cell("03_dataset", "demo = [")
+
+
+# ------------------------------------------------------------------------------- what must be true after a cell
+
+
+def names_made(source: str) -> set[str]:
+    """The names that a cell gives to something."""
+    nodes = list(ast.walk(ast.parse(source)))
+    made = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    made |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return made | {a.asname or a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+
+
+def test_the_checks_are_expressions_of_names_that_their_cells_know():
+    left = set(CHECKS)
+    for path in PATHS:
+        known = set(dir(builtins))
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                known |= names_made(cell.source)
+                for expression, otherwise in CHECKS.get(cell.id, {}).items():
+                    compile(expression, cell.id, "eval")
+                    assert set(cell_checks.names_in(expression)) <= known | names_made(expression), expression
+                    assert otherwise and not otherwise.endswith("."), cell.id
+                left.discard(cell.id)
+    assert not left, "no English notebook has a code cell with these ids"
+
+
+TRUE, FALSE = "x == 3 and max(abs(y - 1) for y in [1, 2]) < x", "double(x) > 6"
+CHECKED = {"01-a": {TRUE: "never said"}, "01-b": {FALSE: "three is too small", "gone": "it was never made"}}
+
+
+@pytest.fixture
+def small_series(tmp_path):
+    """A notebook whose second cell has checks that are not true; both cells show what is stored."""
+    shown = {"output_type": "execute_result", "data": {"text/plain": "3"}, "metadata": {}, "execution_count": 1}
+    cells = [
+        nbformat.v4.new_code_cell("x = 3\nx", id="01-a", execution_count=1, outputs=[nbformat.from_dict(shown)]),
+        nbformat.v4.new_code_cell("def double(n):\n    return 2 * n", id="01-b", execution_count=2),
+    ]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    path = tmp_path / "01_try.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+def test_a_check_that_is_not_true_fails_its_cell_and_a_true_one_is_not_seen(small_series):
+    folder = small_series.parent
+    (folder / "own_checks.py").write_text(f"import cell_checks\ncell_checks.CHECKS.update({CHECKED})\n")
+    paths = os.pathsep.join([str(ROOT / "tools"), str(folder)])
+    plugins = ["-p", "nbval_guard", "-p", "own_checks", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--nbval", *plugins, str(small_series)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "COURSE_OUTPUT": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "1 failed, 1 passed" in done.stdout
+    assert f"01-b: three is too small. Not true: {FALSE}\n    x = 3\n" in done.stdout
+    assert "01-b: it was never made. Not true: gone\n    NameError: " in done.stdout
+    assert "never said" not in done.stdout
+
+
+def test_a_run_that_is_to_be_stored_stops_at_a_check_that_is_not_true(small_series, monkeypatch):
+    for cell_id, checks in CHECKED.items():
+        monkeypatch.setitem(CHECKS, cell_id, checks)
+    with pytest.raises(utils.CourseError, match="01-b: three is too small") as stopped:
+        run_series.run(small_series, small_series.parent, 60, checked=True)
+    assert "01-a" not in str(stopped.value)
+    notebook, _ = run_series.run(small_series, small_series.parent, 60, checked=False)
+    assert notebook.cells[0].outputs[0].data["text/plain"] == "3"

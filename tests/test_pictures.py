@@ -350,6 +350,7 @@ def test_curves_differ_in_more_than_colour(monkeypatch):
     history = [{"step": s, "loss": 1.0, "eval_a_loss": 2.0, "eval_b_loss": 3.0, "eval_c_loss": 4.0} for s in (1, 2)]
     plots.loss_picture(history)
     plots.moved_picture({f"module {i}": {1: 0.1} for i in range(12)})
+    plots.batch_picture({(size, 4e-3): [(0, 5.0), (16, 4.0)] for size in (8, 32, 128)})
     figure, (plot,) = plots.axes()
     plot.plot([[1, 2, 3, 4, 5]] * 2)  # a learner's own
     for one in (*drawn, figure):

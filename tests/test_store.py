@@ -41,7 +41,8 @@ def series(tmp_path, monkeypatch):
         left = iter(shares)
         now = [None]
 
-        def executed(path, output, cell_seconds):
+        def executed(path, output, cell_seconds, checked):
+            assert checked == ("--store" in options)
             now[0] = next(left)
             if now[0] is None:
                 raise DeadKernelError("died")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -117,14 +117,14 @@ def execute(
     path: Path,
     limit: int,
     tell: Callable[[str], None] = print,
-    on_cell_executed: Callable[[NotebookClient], None] = lambda client: None,
+    on_cell_executed: Callable[[NotebookClient, NotebookNode], Awaitable[None] | None] = lambda client, cell: None,
 ) -> None:
     """Execute a notebook in place, in a fresh kernel that works in the folder of `path`.
 
     Args:
         notebook: what is executed. path: where it lies. limit: seconds that a cell may take.
         tell: takes the line about a cell that takes long.
-        on_cell_executed: called after each cell, while the kernel lives.
+        on_cell_executed: called after each cell that ran without an error, while the kernel lives.
 
     Raises:
         CellExecutionError, DeadKernelError: a cell failed, or its kernel died.
@@ -132,9 +132,9 @@ def execute(
     """
     waiting = Waiting(path.stem, limit, tell)
 
-    def ended(**_: Any) -> None:
+    def ended(cell: NotebookNode, execute_reply: dict[str, Any], **_: Any) -> Awaitable[None] | None:
         waiting.end()
-        on_cell_executed(client)
+        return on_cell_executed(client, cell) if execute_reply["content"]["status"] == "ok" else None
 
     client = NotebookClient(
         notebook,

@@ -44,6 +44,7 @@ HELPERS = (
     "course/plots.py",
     "course/row_checks.py",
     "course/row_files.py",
+    "course/row_pairs.py",
     "course/rows.py",
     "course/swanlab_record.py",
     "course/turns.py",

@@ -1,5 +1,5 @@
 """A pytest plugin for nbval: a dead kernel fails its cell within seconds, each notebook's cost is measured, and a cell
-that takes more than a minute is named while it runs.
+that takes more than a minute is named while it runs. After a cell, what `tests/notebook_checks.py` says must be true.
 
 nbval alone would wait for the cell's limit. The costs go to `measured.json` in the folder that `COURSE_OUTPUT` names.
 Cells whose ids `NOT_COMPARED` holds are executed, and their outputs are not compared (run_nbval.py says which and why).
@@ -12,6 +12,7 @@ import time
 from queue import Empty
 from typing import Any
 
+import cell_checks
 import headless
 from headers import ROOT, folder_mib, record
 from nbval.kernel import RunningKernel
@@ -55,11 +56,27 @@ def compare_outputs(item: IPyNbCell, *args: Any, **kwargs: Any) -> bool:
 
 IPyNbCell.compare_outputs = compare_outputs
 
+
+def check_cell(item: IPyNbCell) -> None:
+    """Ask the kernel for the checks of a cell that has just run.
+
+    Raises:
+        NbCellError: one of them is not true.
+    """
+    if not (asked := cell_checks.request(item.cell.get("id", ""))):
+        return
+    sent, reply = item.parent.kernel.kc.execute(**asked), None
+    while reply is None or reply["parent_header"].get("msg_id") != sent:
+        reply = item.parent.kernel.get_message("shell", timeout=cell_checks.SECONDS)
+    if found := cell_checks.complaints(item.cell.id, reply):
+        item.raise_cell_error("A check of tests/notebook_checks.py failed", "\n".join(found))
+
+
 _runtest = IPyNbCell.runtest
 
 
 def runtest(item: IPyNbCell) -> None:
-    """As `IPyNbCell.runtest`, with a line on the terminal about a cell that takes long."""
+    """As `IPyNbCell.runtest`, with a line on the terminal about a cell that takes long, and with the cell's checks."""
     plugins = item.config.pluginmanager
     terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
 
@@ -72,6 +89,7 @@ def runtest(item: IPyNbCell) -> None:
     waiting.begin(item.cell)
     try:
         _runtest(item)
+        check_cell(item)
     finally:
         waiting.end()
 

@@ -2,7 +2,8 @@
 
 `python tools/run_series.py` leaves executed copies in `output/executed` and what each cost in `output/measured.json`;
 with `--store` the outputs and the measured headers are stored in the notebooks themselves, which is how they are made.
-All of them are stored at the end or none: nothing when a notebook fails, and nothing when other programs took so much
+All of them are stored at the end or none: nothing when a notebook fails, nothing when a check of
+`tests/notebook_checks.py` is not true after its cell, and nothing when other programs took so much
 of the processor that the measured minutes are not the notebooks' (`--disturbed-anyway` stores them all the same).
 The language is that of `COURSE_LANGUAGE`.
 Every cell has a limit: `--cell-seconds N`, else the variable `COURSE_CELL_SECONDS`, else 40 minutes with the bundled
@@ -23,6 +24,7 @@ import headless
 import languages
 import nbformat
 from headers import folder_mib, record, write
+from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,23 +49,46 @@ def clean(notebook: nbformat.NotebookNode) -> None:
                     holder[key] = holder[key].replace(f"{ROOT}/", "")
 
 
-def run(path: Path, output: Path, limit: int) -> tuple[nbformat.NotebookNode, dict[str, float]]:
+async def check_cell(client: NotebookClient, cell_id: str) -> None:
+    """Ask the kernel for the checks of a cell that has just run.
+
+    Raises:
+        CourseError: one of them is not true.
+    """
+    import cell_checks  # it needs the folder of the tests, which a learner may have deleted
+
+    if not (asked := cell_checks.request(cell_id)):
+        return
+    sent, reply = client.kc.execute(**asked), None
+    while reply is None or reply["parent_header"].get("msg_id") != sent:
+        reply = await client.kc.get_shell_msg(timeout=cell_checks.SECONDS)
+    if found := cell_checks.complaints(cell_id, reply):
+        raise utils.CourseError("\n".join(found))
+
+
+def run(path: Path, output: Path, limit: int, checked: bool) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     """The executed notebook, and what it cost: seconds, memory of its kernel and disk in MiB.
 
     Raises:
         CellExecutionError, DeadKernelError: a cell failed, or its kernel died.
-        CourseError: a cell took longer than `limit` seconds.
+        CourseError: a cell took longer than `limit` seconds, or a check of it is not true, if they are `checked`.
 
     """
     notebook = nbformat.read(path, as_version=4)
     peaks = [0.0]
+
+    async def after(client: NotebookClient, cell: nbformat.NotebookNode) -> None:
+        peaks.append(1024 * peak_memory_gib(client.km.provisioner.pid))
+        if checked:
+            await check_cell(client, cell.id)
+
     begun, before = time.time(), folder_mib(output)
     headless.execute(
         notebook,
         path,
         limit,
         tell=lambda line: print(f"\n{line} ", end="", flush=True),
-        on_cell_executed=lambda client: peaks.append(1024 * peak_memory_gib(client.km.provisioner.pid)),
+        on_cell_executed=after,
     )
     clean(notebook)
     cost = {"seconds": time.time() - begun, "memory_mib": max(peaks), "disk_mib": folder_mib(output) - before}
@@ -144,7 +169,7 @@ def main() -> int:
         print(f"[{number}/{len(paths)}] {path.stem:20} ", end="", flush=True)
         begun, watch = time.time(), disturbance.Watch.start()
         try:
-            notebook, cost = run(path, course.output, limit)
+            notebook, cost = run(path, course.output, limit, options.store)
         except (CellExecutionError, DeadKernelError, utils.CourseError) as error:
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             print(say("FAILED after {seconds:.0f} s", seconds=time.time() - begun), reason, sep="\n")

@@ -1,0 +1,50 @@
+// The meaning of a term beside it, under the pointer and with the keyboard. Without this script the browser shows the
+// title of the link.
+const tip = document.createElement("div");
+tip.id = "course-tip";
+tip.setAttribute("role", "tooltip");
+tip.hidden = true;
+document.body.append(tip);
+let shown = null;
+
+function hide() {
+  shown?.removeAttribute("aria-describedby");
+  shown = null;
+  tip.hidden = true;
+}
+
+function show(term) {
+  hide();
+  shown = term;
+  tip.textContent = term.dataset.tip;
+  tip.hidden = false;
+  term.setAttribute("aria-describedby", tip.id);
+  const place = term.getClientRects()[0];
+  const left = Math.min(place.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
+  const below = place.bottom + tip.offsetHeight + 8 < window.innerHeight;
+  tip.style.left = `${Math.max(8, left)}px`;
+  tip.style.top = `${below ? place.bottom + 4 : place.top - tip.offsetHeight - 4}px`;
+}
+
+for (const term of document.querySelectorAll("a.course-term")) {
+  term.dataset.tip = term.title;
+  term.removeAttribute("title");
+  term.addEventListener("mouseenter", () => show(term));
+  term.addEventListener("focus", () => show(term));
+  term.addEventListener("blur", hide);
+  term.addEventListener("mouseleave", (event) => event.relatedTarget !== tip && hide());
+}
+tip.addEventListener("mouseleave", hide);
+document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
+document.addEventListener("scroll", hide, { passive: true });
+
+// What scrolls sideways can be scrolled with the keyboard too.
+function reachable() {
+  for (const box of document.querySelectorAll("main .pst-scrollable-table-container, main pre, main .output.text_html, main .course-scroll")) {
+    if (box.scrollWidth > box.clientWidth) {
+      box.tabIndex = 0;
+    }
+  }
+}
+window.addEventListener("load", reachable);
+window.addEventListener("resize", reachable);

@@ -1,0 +1,251 @@
+"""The built site (`make site`) as a reader meets it: in Chromium, by keyboard, on a phone, in light and in dark."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import importlib.resources
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+SITE = Path(__file__).resolve().parents[2] / "output" / "site"
+HTML = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
+LOOKED_AT = ("index", "notebooks/04_chat_template", "notebooks/05_lora_training", "glossary", "troubleshooting", "search")
+AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+#: Everything of a page that the Tab key should reach, by a number of its own.
+FOCUSABLE = """() => [...document.querySelectorAll('a[href], button, input, summary, [tabindex="0"]')]
+    .filter(e => e.checkVisibility({visibilityProperty: true}) && e.tabIndex >= 0 && !e.disabled && e.getClientRects().length)
+    .map((e, number) => { e.dataset.number = number; return `${number} ${e.outerHTML.slice(0, 120)}` })"""
+
+
+class Markup(HTMLParser):
+    """The anchors, the links and the pictures of a page."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.ids, self.links, self.pictures = set(), [], []
+        self.feed((SITE / path).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids |= {found["id"]} if found.get("id") else set()
+        self.links += [found[name] for name in ("href", "src") if found.get(name)]
+        self.pictures += [found] if tag == "img" else []
+
+
+@functools.cache
+def markup(path: str) -> Markup:
+    return Markup(path)
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """The site as a server on this machine gives it out."""
+    if not HTML:
+        pytest.fail("output/site is empty: run make site first")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *said: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which(os.environ.get("CHROMIUM", "chromium")))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
+    """Opens a page of the site in a new profile; at the end, that it asked nobody else and complained of nothing."""
+    troubles, contexts = [], []
+
+    def ask(request) -> None:
+        if not request.url.startswith((address, "data:", "blob:")):
+            troubles.append(request.url)
+
+    def open_page(path: str, **options) -> Page:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", ask)
+        page.on("websocket", lambda socket: troubles.append(socket.url))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda said: troubles.append(said.text) if said.type == "error" else None)
+        page.goto(f"{address}/{path}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+# ------------------------------------------------------------------------------------------------- every page
+
+
+@pytest.mark.parametrize("path", HTML)
+def test_links_anchors_and_pictures(path):
+    for link in markup(path).links:
+        parts = urlsplit(link)
+        if parts.scheme or link.startswith("//"):
+            continue
+        there = (SITE / path).parent / unquote(parts.path) if parts.path else SITE / path
+        assert there.is_file(), link
+        if parts.fragment and there.suffix == ".html":
+            anchors = markup(os.path.relpath(there, SITE)).ids
+            assert unquote(parts.fragment) in anchors | {"main-content"}, link
+    for picture in markup(path).pictures:
+        assert picture.get("alt", "").strip(), str(picture)[:200]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_page_asks_others_or_is_wider_than_a_phone(visit, address, language):
+    page = visit(f"{language}/index.html", viewport={"width": 390, "height": 844})
+    for path in (path for path in HTML if path.startswith(language)):
+        page.goto(f"{address}/{path}")
+        wide, shown = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        assert wide <= shown == 390, path
+
+
+def test_both_languages_have_the_same_pages():
+    english, chinese = ({path[3:] for path in HTML if path[:2] == language} for language in ("en", "zh"))
+    assert english == chinese and len(english) > 20
+
+
+# ----------------------------------------------------------------------------------------- what a reader does
+
+
+@pytest.mark.parametrize(("locale", "language"), [("zh-CN", "zh"), ("en-GB", "en"), ("de-DE", "en")])
+def test_the_first_page_leads_to_the_language_of_the_browser(visit, locale, language):
+    page = visit("index.html", locale=locale)
+    page.wait_for_url(f"**/{language}/index.html")
+
+
+def test_the_switch_leads_to_the_same_page_and_back(visit):
+    page = visit("en/notebooks/06_inference.html")
+    page.get_by_role("link", name="中文").click()
+    page.wait_for_url("**/zh/notebooks/06_inference.html")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    page.get_by_role("link", name="English").click()
+    page.wait_for_url("**/en/notebooks/06_inference.html")
+
+
+@pytest.mark.parametrize(
+    ("language", "words", "found"),
+    [
+        ("zh", "专家", "notebooks/05_lora_training"),
+        ("zh", "损失", "notebooks/04_chat_template"),
+        ("zh", "混合专家层", "notebooks/05_lora_training"),
+        ("zh", "秩", "notebooks/05_lora_training"),
+        ("zh", "LoRA 训练", "notebooks/05_lora_training"),
+        ("en", "router", "notebooks/05_lora_training"),
+        ("en", "loss", "notebooks/04_chat_template"),
+    ],
+)
+def test_the_search_finds_it(visit, language, words, found):
+    page = visit(f"{language}/index.html")
+    page.keyboard.press("Control+k")
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/search.html?q=**")
+    page.wait_for_function("document.querySelectorAll('#search-results li').length > 2")
+    expect(page.locator(f"#search-results a[href^='{found}']").first).to_be_attached()
+
+
+def test_a_term_is_explained_under_the_pointer_and_by_keyboard(visit):
+    page = visit("zh/notebooks/05_lora_training.html")
+    term, tip = page.locator("a.course-term", has_text="混合专家").first, page.get_by_role("tooltip")
+    term.hover()
+    expect(tip).to_have_text(re.compile("^mixture of experts: Layers"))
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+    term.focus()
+    expect(tip).to_be_visible()
+    assert term.get_attribute("aria-describedby") == tip.get_attribute("id")
+    term.click()
+    page.wait_for_url("**/glossary.html#term-mixture-of-experts")
+
+
+def test_a_notebook_can_be_downloaded(visit):
+    page = visit("zh/notebooks/02_download.html")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Notebook", exact=True).click()
+    assert download.value.suggested_filename == "02_download.ipynb"
+    original = Path(__file__).resolve().parents[2] / "notebooks" / "zh" / "02_download.ipynb"
+    assert Path(download.value.path()).stat().st_size > 0.5 * original.stat().st_size
+
+
+def test_light_and_dark_can_be_chosen(visit):
+    page = visit("en/index.html", color_scheme="light")
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.locator(".theme-switch-button").click()
+    page.locator(".theme-change-button[data-mode=dark]").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert page.evaluate(background) != light
+
+
+def test_what_is_folded_is_unfolded_by_a_key_and_printed(visit):
+    page = visit("en/notebooks/05_lora_training.html")
+    fold = page.locator("main details").first
+    inside = fold.locator("p").first
+    expect(inside).to_be_hidden()
+    fold.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(inside).to_be_visible()
+    page.keyboard.press("Enter")
+    page.emulate_media(media="print")
+    assert inside.evaluate("e => e.getBoundingClientRect().height") > 0
+
+
+def test_the_keyboard_reaches_everything(visit):
+    page = visit("en/notebooks/02_download.html")
+    page.wait_for_load_state("networkidle")
+    wanted = page.evaluate(FOCUSABLE)
+    reached = []
+    for _ in range(len(wanted) + 20):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.dataset.number"))
+    missing = [one for one in wanted if one.partition(" ")[0] not in reached]
+    assert missing == []
+    assert "skip-link" in page.evaluate("document.querySelector('[data-number=\"0\"]').outerHTML")
+
+
+def test_the_first_key_skips_to_the_content(visit):
+    page = visit("zh/index.html")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#main-content")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", [f"{language}/{name}" for name in LOOKED_AT for language in ("en", "zh")])
+def test_axe_finds_nothing_serious(visit, path, scheme):
+    page = visit(f"{path}.html", color_scheme=scheme)
+    page.wait_for_load_state("networkidle")
+    page.evaluate(AXE)
+    found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
+    serious = {
+        one["id"]: (len(one["nodes"]), [node["html"][:200] for node in one["nodes"][:3]])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    }
+    assert serious == {}
