@@ -21,7 +21,7 @@ endif
 # The language of run, lab and test:  make run COURSE_LANGUAGE=zh
 export COURSE_LANGUAGE ?= en
 
-.PHONY: setup run lab dashboard test test-both test-faults test-browser lint benchmark workshop store translations lock model clean
+.PHONY: setup run lab dashboard test test-both test-faults test-browser test-other-tools site test-site lint benchmark workshop store translations lock model clean
 
 setup: $(VENV)/ready
 
@@ -55,7 +55,7 @@ TOGETHER := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist lo
 
 # Last what uses what the notebooks have left in output/test: figures, the exercises of 06 and 09, and 50 questions.
 test: lint
-	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser test_exercises.py test_results.py test_serving.py)
+	@$(TOGETHER) tests $(addprefix --ignore=tests/,faults browser site other_tools test_exercises.py test_results.py test_serving.py)
 	@$(BIN)/python tools/run_nbval.py notebooks/$(COURSE_LANGUAGE)
 	@$(TOGETHER:loadfile=load) $(addprefix tests/test_,exercises.py results.py serving.py)
 
@@ -70,10 +70,33 @@ test-faults: setup
 
 # What a learner sees: each notebook run, clicked and read in JupyterLab, by a real browser.
 test-browser: setup
-	@command -v $(CHROMIUM) >/dev/null \
-		|| { echo "Chromium is missing. On Debian: apt-get install chromium fonts-noto-cjk; else name one with CHROMIUM=path"; exit 1; }
+	@$(NEEDS_CHROMIUM)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r tests/browser/requirements.txt
 	@$(if $(LONG),BROWSER_LONG=1) $(BIN)/python -m pytest -q tests/browser
+
+NEEDS_CHROMIUM := command -v $(CHROMIUM) >/dev/null \
+	|| { echo "Chromium is missing. On Debian: apt-get install chromium fonts-noto-cjk; else name one with CHROMIUM=path"; exit 1; }
+
+# The course as a web site in both languages, in output/site, from the stored outputs:  make site PDF=1  prints each page
+# to a PDF too. The packages that it needs change none that the notebooks use.
+site: $(VENV)/site
+	@$(if $(PDF),$(NEEDS_CHROMIUM))
+	@$(BIN)/python tools/website.py $(if $(PDF),--pdf)
+
+$(VENV)/site: docs/site/requirements.txt | setup
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+# After make site: its pages by a real browser, by keyboard, on the width of a phone, in light and dark.
+test-site: setup
+	@$(NEEDS_CHROMIUM)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r tests/site/requirements.txt
+	@$(BIN)/python -m pytest -q tests/site
+
+# LLaMA-Factory, ms-swift and TRL still train what docs/other_tools.md says: by hand or once a week. The first run installs
+# each in an environment of its own in output/other_tools.
+test-other-tools: setup
+	@$(BIN)/python -m pytest -q tests/other_tools
 
 # Times LoRA training at the full size on the GPUs of this machine, with random weights.
 benchmark: setup

@@ -35,6 +35,19 @@ RESULTS = {
     "other experts by rounding: ‹› of the tokens",
     "‹›: the loss is the table's: ‹›",
     "on the disk less than 50 MiB: ‹›",
+    # exercises
+    "‹› bits: ‹› GiB of weights, ‹› GiB with 15 % on top",
+    "‹› GiB: ‹›",
+    "‹› bytes: ‹›",
+    "‹› rows repeated: ‹› saved",
+    "base : ‹› cost ‹›",
+    "adapter: ‹› cost ‹›",
+    "eval_new_wordings_loss: lowest at ‹›; of ‹› at ‹›",
+    "in_role : ‹›",
+    "stricter: ‹›",
+    "learning rate ‹›: perplexity ‹›",
+    "at most ‹› tokens a sample: ‹› rows of 128 tokens",
+    "rank ‹›: ‹› personas, ‹› on two GPUs in Q8_0",
 }
 
 

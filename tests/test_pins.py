@@ -17,7 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = ("requirements.txt", "deploy/requirements-hub.txt", "tests/browser/requirements.txt")
+REQUIREMENTS = ("requirements.txt", "deploy/requirements-hub.txt", "docs/site/requirements.txt")
+REQUIREMENTS += ("tests/browser/requirements.txt", "tests/site/requirements.txt")
+REQUIREMENTS += tuple(f"tests/other_tools/requirements-{name}.txt" for name in ("llama_factory", "ms_swift", "trl"))
 LOCKS = ("requirements.lock", "deploy/requirements-hub.lock")
 #: Not in the lock: one version has several builds, each with hashes and CUDA libraries of its own.
 UNLOCKED = "torch"

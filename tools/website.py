@@ -39,6 +39,8 @@ PAGES = {
     "pictures": "images/README.md",
     "faults": "tests/faults/README.md",
     "maintenance": "tools/README.md",
+    "contributing": "CONTRIBUTING.md",
+    "changes": "CHANGELOG.md",
 }
 #: The parts of the navigation: a title in each language, and the pages with the Chinese titles of those in English.
 PARTS = (
@@ -58,6 +60,8 @@ PARTS = (
             "pictures": "图片",
             "faults": "故障测试",
             "maintenance": "维护命令",
+            "contributing": "参与",
+            "changes": "版本变化",
         },
     ),
 )
@@ -89,6 +93,8 @@ def sources(root: Path, language: str) -> dict[str, str]:
     """Of each page of a language: its name in the site to its file in the repository."""
     found = {f"notebooks/{path.stem}": f"notebooks/{language}/{path.name}" for path in notebooks(root, language)}
     for name, english in PAGES.items():
+        if not (root / english).is_file():
+            continue
         own = english.replace(".md", ".zh-CN.md")
         found[name] = own if language == "zh" and (root / own).is_file() else english
     return found
@@ -189,7 +195,8 @@ def navigation(root: Path, language: str) -> Iterator[str]:
     for number, (english, chinese, pages) in enumerate(PARTS):
         yield f"```{{toctree}}\n:hidden:\n:caption: {english if language == 'en' else chinese}\n"
         names = pages if number else {f"notebooks/{path.stem}": "" for path in notebooks(root, language)}
-        for name, title in names.items():
+        known = sources(root, language)
+        for name, title in ((name, title) for name, title in names.items() if name in known):
             yield f"{title} <{name}>" if title and language == "zh" else name
         yield "```\n"
 
@@ -271,6 +278,13 @@ def print_pdf(browser: str, html: Path) -> str:
     return "" if pdf.is_file() else f"{html.name}: {done.stderr[-500:]}"
 
 
+def leave_out(site: Path) -> None:
+    """Delete what Sphinx and the theme write and no page leads to."""
+    for pattern in ("jupyter_execute", "*/_sources", "*/_static/*-macros.html", "*/.buildinfo"):
+        for path in site.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def build(target: Path, repository: str, browser: str) -> list[str]:
     """Make the site in both languages, with a PDF of each page if a browser is given.
 
@@ -290,8 +304,7 @@ def build(target: Path, repository: str, browser: str) -> list[str]:
             if browser:
                 pages = [new / one / f"{name}.html" for one in LANGUAGES for name in sources(ROOT, one)]
                 troubles = [trouble for trouble in pool.map(lambda html: print_pdf(browser, html), pages) if trouble]
-        for left in ("jupyter_execute", "en/_sources", "zh/_sources"):  # what Sphinx writes and no page leads to
-            shutil.rmtree(new / left, ignore_errors=True)
+        leave_out(new)
         shutil.copy2(SETTINGS / "choose.html", new / "index.html")
         (new / ".nojekyll").touch()  # GitHub Pages would leave out the folders whose names begin with _
         if not troubles:

@@ -7,7 +7,7 @@ dense=(gate_proj.weight up_proj.weight down_proj.weight)
 swift sft \
   --model models/glm4-moe-mini --model_type glm4_moe --template glm4_5 --torch_dtype float32 \
   --dataset "$folder/train.jsonl" --val_dataset "$folder/new_wordings.jsonl" --max_length 1024 \
-  --enable_thinking false --loss_scale default+ignore_empty_think \
+  --enable_thinking false --disable_ignore_empty_think true \
   --tuner_type lora --lora_rank 8 --lora_alpha 32 --lora_dropout 0 \
   --target_modules q_proj k_proj v_proj o_proj \
   --target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj \

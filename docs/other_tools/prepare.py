@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import DatasetDict, load_from_disk
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import utils  # noqa: E402
 from course.model_folder import model_folder  # noqa: E402
 
@@ -31,8 +31,14 @@ def messages(row: dict, system: str, ending: str = "") -> dict:
 
 
 def for_llama_factory(target: Path, settings: utils.Settings, most: int | None) -> None:
-    """The samples of notebook 04 in the form of `tokenized_path`, and an untrained adapter on all four groups."""
-    from transformers import AutoModelForCausalLM
+    """The samples of notebook 04 in the form of `tokenized_path`, and an untrained adapter on all four groups.
+
+    LLaMA-Factory computes in the type in which the weights are stored. On a processor bfloat16 is slow, so there the
+    bundled model gets a copy in float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from turn_experts import turn
 
     from finetune import lora
 
@@ -42,9 +48,14 @@ def for_llama_factory(target: Path, settings: utils.Settings, most: int | None) 
         samples = {part: rows.select(range(min(most, len(rows)))) for part, rows in samples.items()}
     DatasetDict(samples).save_to_disk(target / "samples")
     folder = model_folder(settings)
-    model = lora.attach(AutoModelForCausalLM.from_pretrained(folder), lora.lora_config())
-    model.save_pretrained(target / "start")
-    utils.name_base(target / "start", settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(target / "model")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target / "model")
+    set_seed(42)
+    model = lora.attach(model, lora.lora_config())
+    model.save_pretrained(target / "untrained")
+    utils.name_base(target / "untrained", settings)
+    turn(target / "untrained", target / "start")  # LLaMA-Factory has peft 0.18
 
 
 def for_ms_swift(target: Path, system: str, most: int | None) -> None:

@@ -72,5 +72,8 @@ trainer = SFTTrainer(
     processing_class=AutoTokenizer.from_pretrained(MODEL),
     peft_config=lora,
 )
+sample = trainer.train_dataset[0]  # what a training reads and what it learns: look before it runs
+print("read:   ", repr(trainer.processing_class.decode(sample["input_ids"])))
+print("learned:", repr(trainer.processing_class.decode([label for label in sample["labels"] if label != -100])))
 trainer.train()
 trainer.save_model()

@@ -161,6 +161,7 @@ class CourseChinese(SearchChinese):
     """Chinese search that knows the glossary's terms, single characters, and how to divide a query."""
 
     lang = "zh"
+    language_name = "English"  # of the stemmer; Sphinx 9.0 names one for Chinese that it does not bring
     js_splitter_code = SPLIT_QUERY
 
     def __init__(self, options: dict[str, str]) -> None:
