@@ -91,7 +91,7 @@ $(VENV)/site: docs/site/requirements.txt | setup
 test-site: setup
 	@$(NEEDS_CHROMIUM)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r tests/site/requirements.txt
-	@$(BIN)/python -m pytest -q tests/site
+	@$(BIN)/python -m pytest -q -n $(WORKERS) tests/site
 
 # LLaMA-Factory, ms-swift and TRL still train what docs/other_tools.md says: by hand or once a week. The first run installs
 # each in an environment of its own in output/other_tools.

@@ -66,7 +66,7 @@ async def check_cell(client: NotebookClient, cell_id: str) -> None:
         raise utils.CourseError("\n".join(found))
 
 
-def run(path: Path, output: Path, limit: int, checked: bool) -> tuple[nbformat.NotebookNode, dict[str, float]]:
+def run(path: Path, output: Path, limit: int, checked: bool = False) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     """The executed notebook, and what it cost: seconds, memory of its kernel and disk in MiB.
 
     Raises:

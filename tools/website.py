@@ -24,8 +24,8 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ROOT / "docs" / "site"
-LANGUAGES = {"en": "en", "zh": "zh_CN"}
-#: Pages that are no notebooks: the name in the site to the English source. A Chinese one beside it is found by its name.
+LANGUAGES = ("en", "zh")
+#: Pages that are no notebooks: the name in the site to the English source; a Chinese one lies beside it.
 PAGES = {
     "index": "README.md",
     "glossary": "docs/glossary.md",
@@ -48,7 +48,13 @@ PARTS = (
     (
         "To look things up",
         "查阅",
-        {"glossary": "术语表", "troubleshooting": "", "model_card": "", "datasheet": "", "benchmarks": "全尺寸训练的测速"},
+        {
+            "glossary": "术语表",
+            "troubleshooting": "",
+            "model_card": "",
+            "datasheet": "",
+            "benchmarks": "全尺寸训练的测速",
+        },
     ),
     (
         "To teach and to maintain",
@@ -69,18 +75,19 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+(?:\([^()]*\)[
 CODE = re.compile(r"^ *(```+|~~~+).*?^ *\1[^\n]*$|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
 #: A line that leads to the same page in the other language; the site has a switch for that.
 SWITCH = re.compile(r"^\[(?:中文|English)\]\([^)]+\)\n*", re.MULTILINE)
+#: The line of a notebook's header that leads to the notebooks before and after it.
+NEIGHBOURS = re.compile(r"^(?:←|\[全部|\[all )[^\n]*\.\./README[^\n]*$", re.MULTILINE)
 #: Files above this are not copied into the site.
 LARGEST = 2 * 2**20
-WORDS = {
-    "interactive": {
-        "en": "A control to play with is here when you run the notebook.",
-        "zh": "运行本 notebook 时，这里是可以操作的控件。",
-    },
-    "english": {"en": "", "zh": "这一页的正文是英文。"},
+#: In the place of a widget, which needs a kernel.
+INTERACTIVE = {
+    "en": "Run the notebook to use the interactive control of this cell.",
+    "zh": "这个单元格的交互控件要运行 notebook 才能用。",
 }
+IN_ENGLISH = "这一页的正文是英文。"
 
 
-class BrokenLink(ValueError):
+class BrokenLinkError(ValueError):
     """A link or a picture of a page that leads nowhere."""
 
 
@@ -128,7 +135,7 @@ class Links:
         """Markdown of a page with its links made links of the site; code is left as it is.
 
         Raises:
-            BrokenLink: a link to a file that does not exist, or a picture that nothing describes.
+            BrokenLinkError: a link to a file that does not exist, or a picture that nothing describes.
         """
         kept: list[str] = []
 
@@ -143,7 +150,7 @@ class Links:
     def _link(self, match: re.Match[str], source: str) -> str:
         picture, text, target = match.groups()
         if picture and not text.strip():
-            raise BrokenLink(f"{source}: no alt text for {target}")
+            raise BrokenLinkError(f"{source}: no alt text for {target}")
         new = self.target(target, source)
         return f"{picture}[{text}]({new})" if new else text
 
@@ -151,7 +158,7 @@ class Links:
         """Where a link of a page leads in the site, or nothing if it can only be text.
 
         Raises:
-            BrokenLink: the file does not exist.
+            BrokenLinkError: the file does not exist.
         """
         if urlsplit(target).scheme:
             return target
@@ -163,7 +170,7 @@ class Links:
             return end if own and end else self._relative(self._file(path), source) + end
         there = self.root / path
         if path.startswith("..") or not there.exists():
-            raise BrokenLink(f"{source}: {target} does not exist")
+            raise BrokenLinkError(f"{source}: {target} does not exist")
         if there.is_file() and there.stat().st_size <= LARGEST and there.suffix not in (".md", ".ipynb"):
             self.files.add(path)
             return self._relative(f"files/{path}", source)
@@ -184,7 +191,7 @@ def page(text: str, source: str, links: Links) -> str:
     text = links.rewrite(text, source)
     if links.language == "zh" and "zh-CN" not in source:
         head, _, rest = text.partition("\n")
-        text = f"{head}\n\n:::{{note}}\n{WORDS['english']['zh']}\n:::\n{rest}"
+        text = f"{head}\n\n:::{{note}}\n{IN_ENGLISH}\n:::\n{rest}"
     if links.pages[source] == "index":
         text += "\n" + "\n".join(navigation(links.root, links.language))
     return text
@@ -202,14 +209,13 @@ def navigation(root: Path, language: str) -> Iterator[str]:
 
 
 def notebook(content: dict, source: str, links: Links) -> dict:
-    """A notebook as the site shows it: links rewritten, no links to neighbours (the theme has them), no dead widgets."""
+    """A notebook as the site shows it: no links to its neighbours (the theme has them), no dead widgets."""
     cells = []
     for cell in content["cells"]:
         if "footer" in cell["metadata"].get("tags", []):
             continue
         if cell["cell_type"] == "markdown":
-            text = re.sub(r"^(?:←|\[全部|\[all )[^\n]*\.\./README[^\n]*$", "", "".join(cell["source"]), flags=re.MULTILINE)
-            cell = {**cell, "source": links.rewrite(text, source)}
+            cell = {**cell, "source": links.rewrite(NEIGHBOURS.sub("", "".join(cell["source"])), source)}
         elif cell["cell_type"] == "code":
             cell = {**cell, "outputs": list(outputs(cell["outputs"], links.language))}
         cells.append(cell)
@@ -222,7 +228,7 @@ def outputs(stored: list[dict], language: str) -> Iterator[dict]:
         data = output.get("data", {})
         if "application/vnd.jupyter.widget-view+json" in data:
             if re.match(r"interactive\(|[HV]Box\(", "".join(data["text/plain"])):
-                note = f'<p class="course-interactive">{WORDS["interactive"][language]}</p>'
+                note = f'<p class="course-interactive">{INTERACTIVE[language]}</p>'
                 yield {**output, "data": {"text/html": note}}
             continue
         if "text/html" in data:

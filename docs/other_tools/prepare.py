@@ -25,7 +25,9 @@ HELD_OUT = ("new_wordings", "new_answers")
 
 def messages(row: dict, system: str, ending: str = "") -> dict:
     """A row with the system prompt of notebook 04; `ending` is put at the end of each question."""
-    turns = [turn | {"content": turn["content"] + ending} if turn["role"] == "user" else turn for turn in row["messages"]]
+    turns = [
+        turn | {"content": turn["content"] + ending} if turn["role"] == "user" else turn for turn in row["messages"]
+    ]
     own = turns if turns[0]["role"] == "system" else [{"role": "system", "content": system}, *turns]
     return {"messages": own}
 

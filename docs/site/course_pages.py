@@ -1,4 +1,4 @@
-"""What the course's site has beside the theme: terms explained where they are, formulas as MathML, search in Chinese."""
+"""What the site has beside the theme: terms explained where they are, formulas as MathML, search in Chinese."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def name_the_rows(app: Sphinx, docname: str, source: list[str]) -> None:
     """Give each row of the glossary an anchor."""
     if docname == "glossary":
         for term in terms(source[0]):
-            source[0] = source[0].replace(f"\n| {term.english} |", f'\n| <span id="{term.anchor}"></span>{term.english} |')
+            named = f'\n| <span id="{term.anchor}"></span>{term.english} |'
+            source[0] = source[0].replace(f"\n| {term.english} |", named)
 
 
 def explain_terms(app: Sphinx, tree: nodes.document, docname: str) -> None:

@@ -42,7 +42,8 @@ TOOLS = {
 def page_says(column: str) -> dict[str, str]:
     """Of the table of what each tool trains: row to cell."""
     page = (ROOT / "docs" / "other_tools.md").read_text(encoding="utf-8")
-    lines = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in page.splitlines() if line.startswith("| ")]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in page.splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in row] for row in rows]
     head = next(cells for cells in lines if "LLaMA-Factory" in cells)
     return {cells[0]: cells[head.index(column)] for cells in lines if len(cells) == len(head)}
 
@@ -64,7 +65,8 @@ def samples() -> Path:
     """Rows and samples of notebooks 03 and 04, made now."""
     environment = {**os.environ, "COURSE_OUTPUT": str(OUTPUT / "course")}
     for name in ("03_dataset", "04_chat_template"):
-        run([str(Path(sys.executable).with_name("jupyter-execute")), f"notebooks/en/{name}.ipynb"], cwd=ROOT, env=environment)
+        execute = str(Path(sys.executable).with_name("jupyter-execute"))
+        run([execute, f"notebooks/en/{name}.ipynb"], cwd=ROOT, env=environment)
     return OUTPUT / "course"
 
 
@@ -142,7 +144,8 @@ def test_the_adapter_loads_as_in_notebook_06_and_changes_the_model(trained, toke
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected) (adapter )?keys.*")
         model = PeftModel.from_pretrained(base, trained.adapter).eval()
-    ids = tokenizer("[gMASK]<sop><|user|>\n你是谁？/nothink<|assistant|>\n<think></think>", return_tensors="pt").input_ids
+    prompt = "[gMASK]<sop><|user|>\n你是谁？/nothink<|assistant|>\n<think></think>"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
         with_adapter = model(input_ids=ids).logits
         with model.disable_adapter():

@@ -25,7 +25,8 @@ LOOKED_AT += ("zh/glossary", "en/troubleshooting", "zh/search")
 AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 #: Everything of a page that the Tab key should reach, by a number of its own.
 FOCUSABLE = """() => [...document.querySelectorAll('a[href], button, input, summary, [tabindex="0"]')]
-    .filter(e => e.checkVisibility({visibilityProperty: true}) && e.tabIndex >= 0 && !e.disabled && e.getClientRects().length)
+    .filter(e => e.checkVisibility({visibilityProperty: true}) && e.getClientRects().length)
+    .filter(e => e.tabIndex >= 0 && !e.disabled)
     .map((e, number) => { e.dataset.number = number; return `${number} ${e.outerHTML.slice(0, 120)}` })"""
 
 
