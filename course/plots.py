@@ -373,9 +373,8 @@ def memory_picture(plans: dict[str, dict[str, float]], there: dict[str, float]) 
         plot.plot([there[title]] * 2, [place - 0.4, place + 0.4], color=BLACK, linestyle="-", linewidth=3)
         plot.text(there[title] + 4, place, say("{gib:.0f} GiB there", gib=there[title]), va="center", fontsize=8)
     plot.invert_yaxis()
-    plot.set(
-        xlabel=say("GiB"), title=say("Memory of all GPUs together"), xlim=(0, 1.25 * max(*left.values(), *there.values()))
-    )
+    most = max(*left.values(), *there.values())
+    plot.set(xlabel=say("GiB"), title=say("Memory of all GPUs together"), xlim=(0, 1.25 * most))
     plot.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     said = []
     for title, plan in plans.items():
