@@ -32,7 +32,6 @@ NAMES = (
     marked("her answers, adapter"),
     marked("no prompt"),
     marked("prompt only"),
-    marked("LoRA"),
     marked("weights"),
     marked("base"),
     marked("adapter"),
@@ -295,16 +294,15 @@ def token_loss_picture(tokens: Sequence[str], losses: dict[str, Sequence[float]]
         worst = max(range(len(tokens)), key=nats.__getitem__)
         said.append(
             say(
-                "{name}: mean {mean:.2f}, most at token {number} ({token}), {most:.2f}",
+                "{name}: mean {mean:.2f}, most at token {number}, {most:.2f}",
                 name=translated(name),
                 mean=sum(nats) / len(nats),
                 number=worst + 1,
-                token=tokens[worst],
                 most=nats[worst],
             )
         )
     plot.set_xticks([i + width * (len(losses) - 1) / 2 for i in range(len(tokens))], _labels(tokens))
-    plot.set(ylabel=say("nats"), title=say("Loss of each token of one answer"))
+    plot.set(ylabel=say("nats a token"), title=say("Loss of each token of one answer"))
     plot.legend()
     return picture(figure, say("Loss of each token of one answer, in nats. {curves}.", curves=say("; ").join(said)))
 
@@ -374,7 +372,7 @@ def memory_picture(plans: dict[str, dict[str, float]], there: dict[str, float]) 
         plot.text(there[title] + 4, place, say("{gib:.0f} GiB there", gib=there[title]), va="center", fontsize=8)
     plot.invert_yaxis()
     most = max(*left.values(), *there.values())
-    plot.set(xlabel=say("GiB"), title=say("Memory of all GPUs together"), xlim=(0, 1.25 * most))
+    plot.set(title=say("Memory of all GPUs together, in GiB"), xlim=(0, 1.25 * most))
     plot.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     said = []
     for title, plan in plans.items():

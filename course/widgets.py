@@ -169,3 +169,28 @@ def chat_box(
     return widgets.VBox(
         [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
     )
+
+
+def training_table(trainer: Any) -> None:
+    """Leave the column "Validation Loss" out of the table that a `Trainer` shows in a notebook.
+
+    With several validation sets each has a column of its own, and that one says "No log" in every row. After the
+    training an evaluation shows its bar only. Outside a notebook there is no table, and nothing changes.
+    """
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    class TrainingTable(NotebookProgressCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_begin(*args, **kwargs)
+            tracker = self.training_tracker
+            write = tracker.write_line
+            tracker.inner_table[0].remove("Validation Loss")
+            tracker.write_line = lambda values: write({k: v for k, v in values.items() if k != "Validation Loss"})
+
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            if self.training_tracker is not None:
+                super().on_evaluate(*args, **kwargs)
+            self.prediction_bar = None
+
+    if trainer.pop_callback(NotebookProgressCallback) is not None:
+        trainer.add_callback(TrainingTable())
