@@ -19,7 +19,7 @@ from finetune.config import AIR, lora_parameters, parameters, tensors
 
 IMAGES = ROOT / "images"
 FONT = IMAGES / "fonts" / "HuanhuanHei.otf"
-DRAWN = sorted(IMAGES.glob("*.svg"))
+DRAWN = sorted(IMAGES.glob("**/*.svg"))
 NOTEBOOKS = sorted((ROOT / "notebooks" / "en").glob("*.ipynb"))
 SVG = "{http://www.w3.org/2000/svg}"
 TEXT_CONTRAST, EDGE_CONTRAST = 4.5, 3.0  # of WCAG 2.2, level AA
@@ -49,13 +49,15 @@ def cells(path, kind):
 # ------------------------------------------------------------------------------------------ every drawn one
 
 
-@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_an_svg_names_itself_and_reaches_for_nothing(path):
     source = path.read_text(encoding="utf-8")
     svg = ElementTree.fromstring(source)
     assert (svg.get("role"), svg.get("aria-labelledby")) == ("img", "title desc")
+    shortest = (5, 30) if svg.get("lang") == "zh-CN" else (10, 60)  # a Chinese character says more
     assert all(
-        len(svg.find(f"{SVG}{part}[@id='{part}']").text) > least for part, least in (("title", 10), ("desc", 60))
+        len(svg.find(f"{SVG}{part}[@id='{part}']").text) > least
+        for part, least in zip(("title", "desc"), shortest, strict=True)
     )
     used = {element.tag.removeprefix(SVG) for element in svg.iter()}
     assert used <= {"svg", "title", "desc", "style", "defs", "marker", "path", "rect", "g", "text"}
@@ -64,7 +66,7 @@ def test_an_svg_names_itself_and_reaches_for_nothing(path):
     assert len(source) < 30_000
 
 
-@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_each_line_of_text_is_one_element(path):
     for text in ElementTree.fromstring(path.read_text(encoding="utf-8")).iter(f"{SVG}text"):
         assert len(text) == 0
@@ -91,7 +93,7 @@ def colours(style):
     }
 
 
-@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_both_themes_can_be_read(path):
     light, dark = ElementTree.fromstring(path.read_text(encoding="utf-8")).find(f"{SVG}style").text.split("@media")
     assert dark.startswith(" (prefers-color-scheme: dark)")
@@ -105,7 +107,7 @@ def test_both_themes_can_be_read(path):
             assert contrast(theme[edge, "stroke"], theme[".panel", "fill"]) >= EDGE_CONTRAST, edge
 
 
-@pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRAWN, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_what_is_trained_has_a_sign_beside_its_colour(path):
     svg = ElementTree.fromstring(path.read_text(encoding="utf-8"))
     assert any("trained" in classes(box) for box in svg.iter(f"{SVG}rect"))
@@ -282,7 +284,10 @@ def test_every_picture_shown_is_there_and_has_its_alt_text():
         assert file.is_file(), f"{where}: no {file}"
         shortest = 30 if re.search("[一-鿿]", words) else 60  # a Chinese character says more
         assert len(words) >= shortest, f"{where}: {file.name}"
-        if file.suffix == ".svg" and not re.search(r"\bzh\b", where.relative_to(ROOT).as_posix()):
+        chinese = re.search(r"\bzh\b", where.relative_to(ROOT).as_posix()) is not None
+        if file.suffix == ".svg":
+            assert file.is_relative_to(IMAGES / "zh") == chinese, f"{where}: {file.name} of the other language"
+        if file.suffix == ".svg" and not chinese:
             assert words == alt[file.name], f"{where}: {file.name} has another alt text than images/README.md"
 
 
