@@ -40,11 +40,12 @@ $(VENV)/ready: requirements.txt requirements.lock
 run: setup
 	@$(BIN)/python tools/run_series.py
 
-# The image's settings serve here too: no question about news, no question about updates.
+# The image's settings serve here too: no question about news, no question about updates, and the interface in the
+# language of the series until the learner chooses another.
 # More options for JupyterLab:  make lab LAB_ARGS="--no-browser --port=8890"
 lab: setup
 	@$(if $(ALLOW_ROOT),echo "You are root: JupyterLab gets --allow-root. It asks for its token and listens on 127.0.0.1 as for every user.")
-	@PYTHONSTARTUP="$(CURDIR)/course/startup.py" JUPYTER_CONFIG_PATH="$(CURDIR)/deploy/jupyter" $(BIN)/python -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=. $(ALLOW_ROOT) $(LAB_ARGS) notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
+	@PYTHONSTARTUP="$(CURDIR)/course/startup.py" JUPYTER_CONFIG_PATH="$(CURDIR)/deploy/jupyter/$(COURSE_LANGUAGE):$(CURDIR)/deploy/jupyter" $(BIN)/python -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=. $(ALLOW_ROOT) $(LAB_ARGS) notebooks/$(COURSE_LANGUAGE)/01_environment.ipynb
 
 dashboard: setup
 	@folder="$$($(BIN)/python -c 'import utils; print(utils.settings().output)')" \

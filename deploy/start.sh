@@ -65,8 +65,9 @@ export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}" # threads of torch that wait sle
 export PATH="$COURSE/.venv/bin:$PATH"
 cd "$WORK"
 
-# No question about news, no look for updates or extensions. Kernels speak through sockets that only their user reaches.
-export JUPYTER_CONFIG_PATH="$COURSE/deploy/jupyter"
+# No question about news, no look for updates or extensions; the interface in the language of the notebooks, until the
+# learner chooses another in its menu. Kernels speak through sockets that only their user reaches.
+export JUPYTER_CONFIG_PATH="$COURSE/deploy/jupyter/$LANGUAGE:$COURSE/deploy/jupyter"
 first=/lab/tree/notebooks/$LANGUAGE/01_environment.ipynb
 set -- --ServerApp.root_dir="$WORK" --LabApp.extension_manager=readonly --KernelManager.transport=ipc
 if [ -n "${JUPYTERHUB_API_TOKEN:-}" ]; then

@@ -80,6 +80,7 @@ def test_the_first_start_makes_the_learners_folder(course):
     assert f"--LabApp.default_url={FIRST}" in called and f"--ServerApp.root_dir={work}" in called
     assert seen["COURSE_OUTPUT"] == f"{work}/output"
     assert seen["PYTHONSTARTUP"] == f"{course}/course/startup.py"
+    assert seen["JUPYTER_CONFIG_PATH"] == f"{course}/deploy/jupyter/en:{course}/deploy/jupyter"
 
 
 def test_an_edited_notebook_is_never_overwritten(course):
@@ -133,8 +134,9 @@ def test_an_unknown_language_opens_the_english_notebooks_and_says_so(course, ask
 
 def test_the_language_asked_for_opens_when_it_is_there(course):
     shutil.copytree(course / "notebooks" / "en", course / "notebooks" / "zh")
-    _, said, called, _ = start(course, COURSE_LANGUAGE="zh")
+    _, said, called, seen = start(course, COURSE_LANGUAGE="zh")
     assert said == "" and FIRST.replace("/en/", "/zh/") in called
+    assert seen["JUPYTER_CONFIG_PATH"] == f"{course}/deploy/jupyter/zh:{course}/deploy/jupyter"
     assert not (course.parent / "home" / "course" / "notebooks" / "en").exists()
 
 
