@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,16 @@ def course(tmp_path: Path) -> Path:
         "README.md": "# A\n\n[中文](README.zh-CN.md)\n\nText.\n",
         "README.zh-CN.md": "# 甲\n\n[English](README.md)\n\n文字。\n",
         "docs/glossary.md": "# Glossary\n\n| term | 中文 |\n|---|---|\n",
+        "benchmarks/README.md": "# Fast\n",
         "docs/troubleshooting.md": "# T\n",
         "docs/troubleshooting.zh-CN.md": "# 乙\n",
         "deploy/install.sh": "true",
         "images/path.svg": "<svg/>",
-        **{f"notebooks/{language}/{name}.ipynb": "{}" for language in ("en", "zh") for name in ("01_a", "02_b")},
+        **{
+            f"notebooks/{language}/{name}.ipynb": '{"cells": []}'
+            for language in ("en", "zh")
+            for name in ("01_a", "02_b")
+        },
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,49 @@ def test_the_line_to_the_other_language_goes_and_an_english_page_says_so_in_chin
     links = website.Links(course, "zh")
     assert "这一页的正文是英文" in website.page("# Glossary\n\nText.", "docs/glossary.md", links)
     assert "这一页的正文是英文" not in website.page("# 乙\n", "docs/troubleshooting.zh-CN.md", links)
+
+
+def test_a_chinese_page_says_which_links_and_parts_of_the_navigation_lead_to_english(course):
+    links = website.Links(course, "zh")
+    assert links.rewrite("见[测速](benchmarks/README.md)。", "README.zh-CN.md") == "见[测速](benchmarks.md)（英文）。"
+    assert links.rewrite("[测速](../../benchmarks/README.md#a)", "notebooks/zh/01_a.ipynb").endswith("#a)（英文）")
+    assert links.rewrite("[乙](docs/troubleshooting.zh-CN.md)", "README.zh-CN.md") == "[乙](troubleshooting.md)"
+    assert links.rewrite("[02](notebooks/zh/02_b.ipynb)", "README.zh-CN.md") == "[02](notebooks/02_b.ipynb)"
+    assert links.rewrite("[speed](../benchmarks/README.md)", "docs/glossary.md") == "[speed](benchmarks.md)"
+    chinese, english = ("\n".join(website.navigation(course, language)) for language in ("zh", "en"))
+    assert "全尺寸训练的测速（英文） <benchmarks>" in chinese and "\ntroubleshooting\n" in chinese
+    assert "（英文）" not in english and website.ENGLISH_ONLY not in website.Links(course, "en").rewrite(
+        "[speed](benchmarks/README.md)", "README.md"
+    )
+
+
+STYLED = """<svg><style>
+  .box { fill: white; }
+  @media (prefers-color-scheme: dark) {
+    .box { fill: black; }
+    text { fill: #eee; }
+  }
+  @media print { .box { fill: none; } }
+</style><text>a { b }</text></svg>"""
+
+
+def test_a_picture_for_both_themes_becomes_one_for_each(course, tmp_path):
+    (course / "images" / "path.svg").write_text(STYLED, encoding="utf-8")
+    (course / "README.md").write_text("# A\n\n![a path](images/path.svg)\n", encoding="utf-8")
+    website.gather(course, "en", tmp_path / "pages")
+    images = tmp_path / "pages" / "files" / "images"
+    both, light, dark = ((images / f"path{name}.svg").read_text() for name in ("", ".light", ".dark"))
+    assert both == STYLED
+    assert "black" not in light and "prefers" not in light + dark and dark.index("white") < dark.index("black")
+    for one in (light, dark):
+        assert one.count("{") == one.count("}") and "@media print { .box" in one and "<text>a { b }</text>" in one
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "images").rglob("*.svg")), ids=lambda one: one.name)
+def test_every_drawn_picture_has_both_themes(picture):
+    light, dark = website.themes(picture).values()
+    assert "prefers-color-scheme" not in light + dark and light != dark
+    xml.etree.ElementTree.fromstring(light), xml.etree.ElementTree.fromstring(dark)
 
 
 def test_a_widget_becomes_a_note_and_a_finished_bar_goes():

@@ -50,7 +50,7 @@ PARTS = (
         "To look things up",
         "查阅",
         {
-            "glossary": "术语表",
+            "glossary": "",
             "troubleshooting": "",
             "model_card": "",
             "datasheet": "",
@@ -64,7 +64,7 @@ PARTS = (
         {
             "guide": "",
             "recipe": "自带模型的训练方法",
-            "judged": "回答怎样评判",
+            "judged": "",
             "pictures": "图片",
             "faults": "故障测试",
             "maintenance": "维护命令",
@@ -87,6 +87,10 @@ INTERACTIVE = {
     "zh": "这个单元格的交互控件要运行 notebook 才能用。",
 }
 IN_ENGLISH = "这一页的正文是英文。"
+#: Behind a link that leads from a Chinese page to one of those.
+ENGLISH_ONLY = "（英文）"
+#: How an SVG says its colours for the dark theme.
+DARK = re.compile(r"@media \(prefers-color-scheme: dark\)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 class BrokenLinkError(ValueError):
@@ -109,6 +113,11 @@ def sources(root: Path, language: str) -> dict[str, str]:
     return found
 
 
+def is_english(source: str) -> bool:
+    """Whether the text of a page is English; a notebook lies in the folder of its language."""
+    return "zh-CN" not in source and not source.startswith("notebooks/zh/")
+
+
 def notebooks(root: Path, language: str) -> list[Path]:
     """The notebooks of a language in their order."""
     return sorted((root / "notebooks" / language).glob("*.ipynb"))
@@ -128,10 +137,12 @@ class Links:
     repository: str = ""
     files: set[str] = field(default_factory=set)
     pages: dict[str, str] = field(init=False)
+    in_english: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         every = [sources(self.root, language) for language in (*LANGUAGES, self.language)]
         self.pages = {source: name for known in every for name, source in known.items()}
+        self.in_english = set(filter(is_english, every[-1].values()))
 
     def rewrite(self, text: str, source: str) -> str:
         """Markdown of a page with its links made links of the site; code is left as it is.
@@ -154,7 +165,14 @@ class Links:
         if picture and not text.strip():
             raise BrokenLinkError(f"{source}: no alt text for {target}")
         new = self.target(target, source)
-        return f"{picture}[{text}]({new})" if new else text
+        if not new:
+            return text
+        return f"{picture}[{text}]({new}){ENGLISH_ONLY if self._leads_to_english(target, source) else ''}"
+
+    def _leads_to_english(self, target: str, source: str) -> bool:
+        """Whether a link of a Chinese page leads to a page that the Chinese site has in English."""
+        path = self._path(target.partition("#")[0], source)
+        return self.language == "zh" and not is_english(source) and path in self.in_english
 
     def target(self, target: str, source: str) -> str:
         """Where a link of a page leads in the site, or nothing if it can only be text.
@@ -165,7 +183,7 @@ class Links:
         if urlsplit(target).scheme:
             return target
         file, _, anchor = target.partition("#")
-        path = os.path.normpath(PurePosixPath(source).parent / unquote(file)) if file else source
+        path = self._path(file, source)
         end = f"#{slug(unquote(anchor))}" if anchor else ""
         if path in self.pages:
             own = self.pages[path] == self.pages[source]
@@ -177,6 +195,9 @@ class Links:
             self.files.add(path)
             return self._relative(f"files/{path}", source)
         return f"{self.repository.rstrip('/')}/{path}{end}" if self.repository else ""
+
+    def _path(self, file: str, source: str) -> str:
+        return os.path.normpath(PurePosixPath(source).parent / unquote(file)) if file else source
 
     def _file(self, path: str) -> str:
         return self.pages[path] + PurePosixPath(path).suffix
@@ -191,7 +212,7 @@ class Links:
 def page(text: str, source: str, links: Links) -> str:
     """A page that is no notebook, with the navigation if it is the first one."""
     text = links.rewrite(text, source)
-    if links.language == "zh" and "zh-CN" not in source:
+    if links.language == "zh" and is_english(source):
         head, _, rest = text.partition("\n")
         text = f"{head}\n\n:::{{note}}\n{IN_ENGLISH}\n:::\n{rest}"
     if links.pages[source] == "index":
@@ -206,7 +227,8 @@ def navigation(root: Path, language: str) -> Iterator[str]:
         names = pages if number else {f"notebooks/{path.stem}": "" for path in notebooks(root, language)}
         known = sources(root, language)
         for name, title in ((name, title) for name, title in names.items() if name in known):
-            yield f"{title} <{name}>" if title and language == "zh" else name
+            marked = f"{title}{ENGLISH_ONLY}" if is_english(known[name]) else title
+            yield f"{marked} <{name}>" if title and language == "zh" else name
         yield "```\n"
 
 
@@ -229,7 +251,7 @@ def outputs(stored: list[dict], language: str) -> Iterator[dict]:
     for output in stored:
         data = output.get("data", {})
         if "application/vnd.jupyter.widget-view+json" in data:
-            if re.match(r"interactive\(|[HV]Box\(", "".join(data["text/plain"])):
+            if not re.search(r"\d+%\||\[\d\d:\d\d[,<]", "".join(data["text/plain"])):  # the rest are progress bars
                 note = f'<p class="course-interactive">{INTERACTIVE[language]}</p>'
                 yield {**output, "data": {"text/html": note}}
             continue
@@ -258,8 +280,19 @@ def gather(root: Path, language: str, folder: Path, repository: str = "") -> Non
             text = page(text, source, links)
         path.write_text(text, encoding="utf-8")
     for file in links.files:
-        (folder / "files" / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / file, folder / "files" / file)
+        path = folder / "files" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / file, path)
+        for theme, text in themes(path).items():
+            path.with_suffix(f".{theme}.svg").write_text(text, encoding="utf-8")
+
+
+def themes(picture: Path) -> dict[str, str]:
+    """Of an SVG that follows the system's light or dark: one for each, so that the site's switch can choose."""
+    text = picture.read_text(encoding="utf-8") if picture.suffix == ".svg" else ""
+    if not DARK.search(text):
+        return {}
+    return {"light": DARK.sub("", text), "dark": DARK.sub(lambda match: match[1].strip(), text)}
 
 
 def sphinx(folder: Path, target: Path, language: str, pdf: bool) -> tuple[int, str]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import html
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import jieba
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.search.zh import SearchChinese
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxTranslator
 
 LANGUAGE = os.environ.get("SITE_LANGUAGE", "en")
@@ -24,6 +27,34 @@ WORDS = {
 }[LANGUAGE]
 #: In these a term is left as it is.
 QUIET = (nodes.title, nodes.literal, nodes.literal_block, nodes.reference, nodes.raw, nodes.math, nodes.math_block)
+#: Terms of one Chinese character that are looked for all the same; the others are in too many words.
+SINGLE = ("秩",)
+#: Longer words and phrases in which a term's name means something else.
+OTHER_MEANINGS = {
+    "en": (
+        "half a step",
+        "keep the token",
+        "key, token",
+        "keys and tokens",
+        "places, ranks",
+        "the steps, in this order",
+        "to herself, a rank",
+        "with its token",
+    ),
+    "zh": (
+        "低秩",
+        "分片送",
+        "加上标签",
+        "各部分合并",
+        "里留出",
+        "密码或 token",
+        "密钥、token",
+        "带 token 的地址",
+        "标签页",
+        "每个标签后",
+        "被截断",
+    ),
+}[LANGUAGE]
 #: The words of a query of Chinese are the longest that the index knows; the rest as the browser divides it.
 SPLIT_QUERY = """
 var splitQuery = (query) => {
@@ -46,11 +77,23 @@ var splitQuery = (query) => {
 
 @dataclass(frozen=True)
 class Term:
-    """A row of the glossary."""
+    """A row of the glossary: its English and Chinese names as they stand there, and its meaning."""
 
     english: str
     chinese: str
     meaning: str
+
+    @property
+    def shown(self) -> str:
+        """Its first cell on the glossary's page."""
+        return self.chinese if CHINESE else self.english
+
+    @property
+    def names(self) -> list[str]:
+        """What a text calls it; a Chinese name of one character only where it is in `SINGLE`."""
+        if not CHINESE:
+            return [self.english]
+        return [name for name in self.chinese.split("、") if len(name) > 1 or name in SINGLE]
 
     @property
     def anchor(self) -> str:
@@ -60,39 +103,52 @@ class Term:
     @property
     def tip(self) -> str:
         """What is shown beside the term: its name in the other language, and what it means."""
-        other = self.english if CHINESE else self.chinese
         meaning = re.sub(r"`([^`]*)`", r"\1", self.meaning).replace(r"\|", "|")
-        return f"{other}: {meaning}"
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """The term in a text; in Chinese, not where its characters belong to the words around."""
-        if CHINESE and not self.chinese.isascii():
-            return re.compile(re.escape(self.chinese))
-        stem = re.escape(self.english).replace(r"\-", "[- ]").replace(r"\ ", r"[- \n]")
-        return re.compile(rf"(?<![\w./-]){stem}s?(?![\w/-]|\.\w)", re.IGNORECASE)
+        return f"{self.english}：{meaning}" if CHINESE else f"{self.chinese}: {meaning}"
 
 
 def terms(text: str) -> list[Term]:
-    """The rows of the glossary's tables."""
+    """The rows of the glossary's tables; the Chinese one has the Chinese name first."""
     rows = (re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.splitlines() if line.startswith("|"))
     cells = ([cell.strip() for cell in row] for row in rows if len(row) == 5)
-    return [Term(*row[:3]) for row in cells if row[0] != "term" and set(row[0]) - set("-: ")]
+    names = [row[:3] for row in cells if row[0] not in ("term", "术语") and set(row[0]) - set("-: ")]
+    return [Term(*((own, other) if not CHINESE else (other, own)), meaning) for own, other, meaning in names]
 
 
 @cache
 def glossary(folder: str) -> list[Term]:
-    """The terms, the longest first: a name that holds another one is looked for before it."""
-    found = terms((Path(folder) / "glossary.md").read_text(encoding="utf-8"))
-    return sorted(found, key=lambda term: -len(term.chinese if CHINESE else term.english))
+    """The terms in the glossary's order."""
+    return terms((Path(folder) / "glossary.md").read_text(encoding="utf-8"))
+
+
+def in_text(name: str) -> str:
+    """The pattern of a name in a text: Chinese has no spaces between words; elsewhere it is a word by itself."""
+    if not name.isascii():
+        return re.escape(name)
+    stem = re.escape(name).replace(r"\-", "[- ]").replace(r"\ ", r"[- \n]")
+    case = "i:" if name.islower() else ":"
+    return rf"(?<![\w./-])(?{case}{stem}){'' if CHINESE else 's?'}(?![\w/-]|\.\w)"
+
+
+@cache
+def finder(folder: str) -> tuple[re.Pattern[str], list[Term | None]]:
+    """The pattern of all names, the longest first, and the term of each of its groups.
+
+    A longer name, or one of `OTHER_MEANINGS`, takes its characters away from the names in it, wherever it occurs.
+    """
+    known = [(name, term) for term in glossary(folder) for name in term.names]
+    known += [(name, None) for name in OTHER_MEANINGS]
+    known.sort(key=lambda one: -len(one[0]))
+    pattern = "|".join(f"({in_text(name) if term else re.escape(name)})" for name, term in known)
+    return re.compile(pattern), [term for _, term in known]
 
 
 def name_the_rows(app: Sphinx, docname: str, source: list[str]) -> None:
     """Give each row of the glossary an anchor."""
     if docname == "glossary":
         for term in terms(source[0]):
-            named = f'\n| <span id="{term.anchor}"></span>{term.english} |'
-            source[0] = source[0].replace(f"\n| {term.english} |", named)
+            named = f'\n| <span id="{term.anchor}"></span>{term.shown} |'
+            source[0] = source[0].replace(f"\n| {term.shown} |", named)
 
 
 def explain_terms(app: Sphinx, tree: nodes.document, docname: str) -> None:
@@ -100,23 +156,53 @@ def explain_terms(app: Sphinx, tree: nodes.document, docname: str) -> None:
     if docname == "glossary":
         return
     address = app.builder.get_relative_uri(docname, "glossary")
-    texts = [text for text in tree.findall(nodes.Text) if not is_quiet(text)]
-    for term in glossary(str(app.srcdir)):
-        found = ((place, term.pattern.search(str(text))) for place, text in enumerate(texts))
-        if CHINESE and len(term.chinese) < 2:
-            continue  # one character is part of too many words
-        place, match = next(((place, match) for place, match in found if match), (0, None))
-        if match:
-            texts[place : place + 1] = link_term(texts[place], match, term, address)
+    pattern, owners = finder(str(app.srcdir))
+    seen: set[Term | None] = {None}
+    for text in [text for text in tree.findall(nodes.Text) if not is_quiet(text)]:
+        first = []
+        for match in pattern.finditer(str(text)):
+            if (term := owners[match.lastindex - 1]) not in seen:
+                seen.add(term)
+                first.append((match, term))
+        if first:
+            text.parent.replace(text, list(linked(str(text), first, address)))
 
 
-def link_term(text: nodes.Text, match: re.Match[str], term: Term, address: str) -> list[nodes.Text]:
-    """Put a link in the place of a term in a text; returns the texts before and after it."""
-    around = [nodes.Text(str(text)[: match.start()]), nodes.Text(str(text)[match.end() :])]
-    tip = html.escape(term.tip)
-    link = f'<a class="course-term" href="{address}#{term.anchor}" title="{tip}">{html.escape(match[0])}</a>'
-    text.parent.replace(text, [around[0], nodes.raw("", link, format="html"), around[1]])
-    return around
+def linked(text: str, first: list[tuple[re.Match[str], Term]], address: str) -> Iterator[nodes.Node]:
+    """A text with links in the place of the terms that were found in it."""
+    end = 0
+    for match, term in first:
+        tip = html.escape(term.tip)
+        link = f'<a class="course-term" href="{address}#{term.anchor}" title="{tip}">{html.escape(match[0])}</a>'
+        yield nodes.Text(text[end : match.start()])
+        yield nodes.raw("", link, format="html")
+        end = match.end()
+    yield nodes.Text(text[end:])
+
+
+class TwoThemes(SphinxTransform):
+    """A picture that follows light and dark becomes two, of which the theme shows the one that its switch asks for.
+
+    `tools/website.py` puts the two beside it.
+    """
+
+    default_priority = 100
+
+    def apply(self, **kwargs: object) -> None:
+        """Put both in the place of each such picture."""
+        here = Path(self.env.srcdir, self.env.docname).parent
+        for picture in list(self.document.findall(nodes.image)):
+            both = [(theme, re.sub(r"\.svg$", f".{theme}.svg", picture["uri"])) for theme in ("light", "dark")]
+            if all(uri != picture["uri"] and (here / unquote(uri)).is_file() for _, uri in both):
+                picture.parent.replace(picture, [self.of_theme(picture, theme, uri) for theme, uri in both])
+
+    @staticmethod
+    def of_theme(picture: nodes.image, theme: str, uri: str) -> nodes.image:
+        """The picture of one theme."""
+        own = picture.deepcopy()
+        own["uri"] = uri
+        own["classes"] = [*picture["classes"], f"only-{theme}"]
+        return own
 
 
 def is_quiet(node: nodes.Node) -> bool:
@@ -168,8 +254,9 @@ class CourseChinese(SearchChinese):
     def __init__(self, options: dict[str, str]) -> None:
         super().__init__(options)
         for term in glossary(options["folder"]) if "folder" in options else []:
-            if not term.chinese.isascii():
-                jieba.add_word(term.chinese)
+            for name in term.chinese.split("、"):
+                if not name.isascii():
+                    jieba.add_word(name)
 
     def word_filter(self, word: str) -> bool:
         """Which words the index takes."""
@@ -178,6 +265,7 @@ class CourseChinese(SearchChinese):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Join Sphinx."""
+    app.add_transform(TwoThemes)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     if CHINESE:
         app.add_search_language(CourseChinese)

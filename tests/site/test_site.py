@@ -30,6 +30,16 @@ FOCUSABLE = """() => [...document.querySelectorAll('a[href], button, input, summ
     .map((e, number) => { e.dataset.number = number; return `${number} ${e.outerHTML.slice(0, 120)}` })"""
 
 
+#: The colour of a picture near its corner, in its panel, as the browser draws it.
+FIRST_PANEL = """async image => {
+    await image.decode();
+    const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+    const context = canvas.getContext("2d");
+    context.drawImage(image, 0, 0);
+    return [...context.getImageData(8, 8, 1, 1).data].slice(0, 3);
+}"""
+
+
 class Markup(HTMLParser):
     """The anchors, the links and the pictures of a page."""
 
@@ -175,18 +185,39 @@ def test_the_search_finds_it(visit, language, words, found):
     expect(page.locator(f"#search-results a[href^='{found}']").first).to_be_attached()
 
 
-def test_a_term_is_explained_under_the_pointer_and_by_keyboard(visit):
-    page = visit("zh/notebooks/05_lora_training.html")
-    term, tip = page.locator("a.course-term", has_text="混合专家").first, page.get_by_role("tooltip")
+@pytest.mark.parametrize(
+    ("language", "page", "name", "said", "anchor"),
+    [
+        ("en", "notebooks/05_lora_training", "mixture of experts", "^混合专家: Layers", "term-mixture-of-experts"),
+        ("zh", "notebooks/05_lora_training", "混合专家", "^mixture of experts：一层里", "term-mixture-of-experts"),
+        ("zh", "notebooks/04_chat_template", "对话模板", "^chat template：把对话", "term-chat-template"),
+        ("zh", "index", "LoRA", "^LoRA：微调的一种", "term-lora"),
+    ],
+)
+def test_a_term_is_explained_under_the_pointer_and_by_keyboard(visit, language, page, name, said, anchor):
+    page = visit(f"{language}/{page}.html")
+    term, tip = page.locator("a.course-term", has_text=name).first, page.get_by_role("tooltip")
     term.hover()
-    expect(tip).to_have_text(re.compile("^mixture of experts: Layers"))
+    expect(tip).to_have_text(re.compile(said))
     page.keyboard.press("Escape")
     expect(tip).to_be_hidden()
     term.focus()
     expect(tip).to_be_visible()
     assert term.get_attribute("aria-describedby") == tip.get_attribute("id")
-    term.click()
-    page.wait_for_url("**/glossary.html#term-mixture-of-experts")
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**/glossary.html#{anchor}")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_terms_are_explained_once_a_page_and_in_text_alone(visit, address, language):
+    page = visit(f"{language}/index.html")
+    pages = [path for path in HTML if path.startswith((f"{language}/notebooks", f"{language}/index"))]
+    for path in pages:
+        page.goto(f"{address}/{path}")
+        found = page.locator("a.course-term").evaluate_all("all => all.map(e => e.getAttribute('href'))")
+        assert len(found) == len(set(found)) > 3, path
+        quiet = "main :is(code, pre, h1, h2, h3, h4, summary, a:not(.course-term)) a.course-term, nav a.course-term"
+        assert page.locator(quiet).count() == 0, path
 
 
 def test_a_notebook_can_be_downloaded(visit):
@@ -206,6 +237,19 @@ def test_light_and_dark_can_be_chosen(visit):
     page.locator(".theme-change-button[data-mode=dark]").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     assert page.evaluate(background) != light
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_a_picture_follows_the_switch_and_not_the_system(visit, language, system):
+    page = visit(f"{language}/index.html", color_scheme=system)
+    pictures = page.locator("main img[src*='path.']")
+    for theme in ("light", "dark"):
+        page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+        shown = [one for one in pictures.all() if one.is_visible()]
+        assert [re.search(r"\.(\w+)\.svg$", one.get_attribute("src"))[1] for one in shown] == [theme]
+        corner = shown[0].evaluate(FIRST_PANEL)
+        assert (sum(corner) < 200) == (theme == "dark"), corner
 
 
 def test_what_is_folded_is_unfolded_by_a_key_and_printed(visit):
