@@ -119,7 +119,7 @@ def test_a_target_that_does_not_exist_is_seen():
 def test_the_files_that_the_workflows_name_are_there():
     for path in WORKFLOWS:
         for step in steps(read(path)):
-            for word in re.findall(r"(?:notebooks|tools|tests)/[\w/]+\.(?:ipynb|cfg|py)", step.get("run", "")):
+            for word in re.findall(r"(?:notebooks|tools|tests|deploy)/[\w/]+\.(?:ipynb|cfg|py)", step.get("run", "")):
                 assert (ROOT / word).is_file(), f"{path.name}: {word}"
 
 
