@@ -1,10 +1,12 @@
-"""What a cell shows beside text and plots: a sample with its mask, progress bars, the chat.
+"""What a cell shows beside text and plots: a sample with its mask, progress bars, controls for a function, the chat.
 
-Knows Jupyter's display and ipywidgets. Knows nothing of models: the chat asks a function of the notebook.
+Knows Jupyter's display and ipywidgets. Knows nothing of models: the chat asks a function of the notebook. Where there
+are no widgets (no ipywidgets, or a page that draws none), a line says so and how to do without.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -14,6 +16,9 @@ from typing import Any
 
 import utils
 from course.language import gloss, glossed, say, translated
+
+#: What the chat asks if nothing else is asked.
+USUAL = "你是谁？"
 
 
 def token_boxes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, int, bool]]:
@@ -102,6 +107,49 @@ def watched(command: Sequence[str], environment: dict[str, str]) -> subprocess.C
         return subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors.read())
 
 
+def _in_words(kind: type, words: str) -> type:
+    """The class of a widget, with words for a page that draws no widgets."""
+
+    class InWords(kind):
+        def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+            return super()._repr_mimebundle_(**kwargs) | {"text/plain": words}
+
+    return InWords
+
+
+def interact(function: Callable[..., Any] | None = None, /, **choices: Any) -> Any:
+    """Controls that call a function anew with each choice, as `ipywidgets.interact`; also as a decorator.
+
+    Without widgets it is called once, as it is without arguments, and a line says how to call it with others.
+    """
+    if function is None:
+        return lambda decorated: interact(decorated, **choices)
+    from IPython.display import display
+
+    usual = ", ".join(f"{name}={one.default!r}" for name, one in inspect.signature(function).parameters.items())
+    words = say(
+        "No widgets here. In a cell of your own, with other values: {call}", call=f"{function.__name__}({usual})"
+    )
+    try:
+        import ipywidgets
+    except ImportError:
+        print(words)
+        if (shown := function()) is not None:
+            display(shown)
+        return function
+    display(_in_words(ipywidgets.interactive, words)(function, **choices))
+    return function
+
+
+def ask(reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], question: str) -> None:
+    """Print what base and adapter answer to one question: the chat without a chat box."""
+    print(say("Q: {question}", question=glossed(question) if gloss(question) else question))
+    for name, head in (("base", say("base")), ("adapter", say("adapter"))):
+        said = reply(name, [{"role": "user", "content": question}])
+        text = said if isinstance(said, str) else list(said)[-1]
+        print(f"{head}: {glossed(text) if gloss(text) else text}")
+
+
 def chat_box(
     reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], template: Callable[[list[dict[str, str]]], str]
 ) -> Any:
@@ -112,13 +160,25 @@ def chat_box(
             as it grows: texts of which each takes the place of the one before it.
         template: takes the turns, returns the prompt as the model reads it.
 
-    Questions and answers go into text areas only, which show markup as text and execute none of it.
+    Questions and answers go into text areas only, which show markup as text and execute none of it. Without widgets a
+    line says how to ask, and one question is asked.
     """
+    words = say("No widgets here. Ask in a cell of your own: {call}", call='widgets.ask(reply, "...")')
+    try:
+        import ipywidgets  # noqa: F401
+    except ImportError:
+        print(words)
+        return ask(reply, USUAL)
+    return _drawn_chat(reply, template, words)
+
+
+def _drawn_chat(reply: Callable[..., Any], template: Callable[..., str], words: str) -> Any:
+    """The widgets of the chat, and words for a page that draws none."""
     import ipywidgets as widgets
 
     wide = widgets.Layout(width="auto")
-    question = widgets.Text(placeholder="你是谁？", description=say("Question"), layout=widgets.Layout(width="60%"))
-    ask = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
+    question = widgets.Text(placeholder=USUAL, description=say("Question"), layout=widgets.Layout(width="60%"))
+    button = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
     keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=True)
     show = widgets.Checkbox(description=say("show the template's text"), indent=False, value=False)
     prompt = widgets.Textarea(
@@ -140,7 +200,7 @@ def chat_box(
 
     def answer(_: Any) -> None:
         asked = question.value.strip() or question.placeholder
-        ask.disabled = True
+        button.disabled = True
         for name, column in columns.items():
             turns[name] = [*(turns[name] if keep.value else []), {"role": "user", "content": asked}]
             if name == "adapter":
@@ -157,17 +217,17 @@ def chat_box(
             except Exception as error:  # a widget's callback has no cell to show an error in
                 write(turn, asked, f"{type(error).__name__}: {error}")
                 turns[name] = []
-        ask.disabled = False
+        button.disabled = False
         question.value = ""
 
     def unfold(change: dict[str, Any]) -> None:
         prompt.layout.display = "" if change["new"] else "none"
 
-    ask.on_click(answer)
+    button.on_click(answer)
     question.on_msg(lambda _, message, __: answer(None) if message.get("event") == "submit" else None)  # the Enter key
     show.observe(unfold, "value")
-    return widgets.VBox(
-        [widgets.HBox([question, ask]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
+    return _in_words(widgets.VBox, words)(
+        [widgets.HBox([question, button]), widgets.HBox([keep, show]), prompt, widgets.HBox(list(columns.values()))]
     )
 
 

@@ -22,7 +22,9 @@ from urllib.parse import quote
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import address  # noqa: E402
+
 import utils  # noqa: E402
 from course.language import LANGUAGES, say_in  # noqa: E402
 
@@ -47,9 +49,9 @@ def folder_mib(folder: Path) -> float:
 
 
 def packages(notebook: nbformat.NotebookNode) -> dict[str, str]:
-    """The pinned packages that the notebook's code imports, with their pins."""
+    """The pinned packages that the notebook's code imports, with their pins; not IPython, in which all of it runs."""
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    imported = set(re.findall(r"^\s*(?:import|from)\s+(\w+)", code, re.MULTILINE))
+    imported = set(re.findall(r"^\s*(?:import|from)\s+(\w+)", code, re.MULTILINE)) - {"IPython"}
     return {
         name: pin for name, pin in sorted(utils.pins().items()) if name.lower() in {one.lower() for one in imported}
     }
@@ -118,9 +120,10 @@ def neighbours(name: str, language: str = "en") -> str:
 
 
 def head(notebook: nbformat.NotebookNode, name: str, language: str = "en") -> str:
-    """The whole header: table, contents, neighbours."""
-    data = notebook.metadata["course"]
-    return f"{table(data, language)}\n\n{contents(notebook)}\n\n{neighbours(name, language)}"
+    """The whole header: table, contents, neighbours, and links to services if the project has a public address."""
+    parts = [table(notebook.metadata["course"], language), contents(notebook), neighbours(name, language)]
+    parts.append(address.links(address.address(), f"notebooks/{language}/{name}.ipynb", language))
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(

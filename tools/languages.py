@@ -63,6 +63,7 @@ HELPERS = (
     "finetune/__main__.py",
     "tools/run_series.py",
     "tools/headless.py",
+    "deploy/hosted.py",
 )
 MODULES = {Path(name).stem for name in HELPERS}
 SAY = {"say", "glossed", "gloss", "translated"}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PO = ROOT / "course" / "locale" / "zh" / "LC_MESSAGES" / "course.po"
 #: Functions to the place of the text among their arguments.
 KEYWORDS = {"say": (1,), "say_in": (2,), "translated": (1,), "marked": (1,)}
-PYTHON = ("utils.py", "course/*.py", "finetune/*.py", "tools/*.py")
+PYTHON = ("utils.py", "course/*.py", "finetune/*.py", "tools/*.py", "deploy/hosted.py")
 
 
 def cell_texts(file: IO[bytes], *_: Any, **__: Any) -> Iterator[tuple[int, None, str, list[str]]]:

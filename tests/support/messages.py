@@ -17,7 +17,7 @@ from string import Formatter
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLE = "‹›"
-MODULES = ("utils.py", "tools/headless.py")
+MODULES = ("utils.py", "tools/headless.py", "deploy/hosted.py")
 MODULES += tuple(f"course/{path.name}" for path in sorted((ROOT / "course").glob("*.py")))
 MODULES += tuple(f"finetune/{path.name}" for path in sorted((ROOT / "finetune").glob("*.py")))
 #: Functions that hand a message, or a part of one, to whoever raises or prints it.
