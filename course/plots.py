@@ -38,6 +38,7 @@ NAMES = (
     marked("activations"),
     marked("layer update"),
     marked("rest"),
+    marked("r=64, attention"),
 )
 
 
@@ -358,6 +359,7 @@ def memory_picture(plans: dict[str, dict[str, float]], there: dict[str, float]) 
         plans: title to the parts of its memory, in GiB.
         there: title to the GiB of all its GPUs together.
     """
+    names = ["\n".join(map(translated, title.split("\n"))) for title in plans]
     figure, (plot,) = axes(width=8.0, height=0.55 * len(plans) + 1.4)
     parts = list(dict.fromkeys(part for plan in plans.values() for part in plan))
     colours, hatches = (BLUE, RED, GREEN, PURPLE, BLACK), ("", "xx", "//", "..", "\\\\")
@@ -365,7 +367,7 @@ def memory_picture(plans: dict[str, dict[str, float]], there: dict[str, float]) 
     for number, part in enumerate(parts):
         sizes = [plan.get(part, 0.0) for plan in plans.values()]
         how = {"color": colours[number % 5], "hatch": hatches[number % 5], "edgecolor": "white"}
-        plot.barh(list(plans), sizes, left=list(left.values()), label=translated(part), height=0.6, **how)
+        plot.barh(names, sizes, left=list(left.values()), label=translated(part), height=0.6, **how)
         left = {title: left[title] + size for title, size in zip(plans, sizes, strict=True)}
     for place, title in enumerate(plans):
         plot.plot([there[title]] * 2, [place - 0.4, place + 0.4], color=BLACK, linestyle="-", linewidth=3)
@@ -375,9 +377,9 @@ def memory_picture(plans: dict[str, dict[str, float]], there: dict[str, float]) 
     plot.set(title=say("Memory of all GPUs together, in GiB"), xlim=(0, 1.25 * most))
     plot.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     said = []
-    for title, plan in plans.items():
+    for name, (title, plan) in zip(names, plans.items(), strict=True):
         shares = say(", ").join(f"{translated(part)} {size:.1f}" for part, size in plan.items())
-        said.append(say("{title}: {shares}; {gib:.0f} GiB there", title=title, shares=shares, gib=there[title]))
+        said.append(say("{title}: {shares}; {gib:.0f} GiB there", title=name, shares=shares, gib=there[title]))
     return picture(figure, say("Memory in GiB. {plans}.", plans=say(". ").join(said)))
 
 
