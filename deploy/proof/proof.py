@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 DEPLOY = Path(__file__).resolve().parents[1]
-WORK = Path.home() / "course"
+WORK = Path(os.environ.get("COURSE_WORK") or Path.home() / "course")
 LANGUAGE = os.environ.get("COURSE_LANGUAGE") or "en"
 FIRST = WORK / "notebooks" / LANGUAGE / "01_environment.ipynb"
 
@@ -58,7 +58,7 @@ def main() -> int:
     expect("the course is read-only", not os.access(DEPLOY.parent / "utils.py", os.W_OK))
 
     begun = time.time()
-    process, address = server(WORK.with_name("server.log"))
+    process, address = server(Path.home() / "server.log")
     expect(f"the server answers its health check after {time.time() - begun:.1f} s", True)
     base, token = address.split("lab/")[0], address.partition("?")[2]
     expect("the address opens 01_environment: " + address.replace(token, "token=..."), FIRST.stem in address)
@@ -73,7 +73,7 @@ def main() -> int:
     notebook = json.loads(FIRST.read_text(encoding="utf-8"))
     notebook["cells"][0]["source"] = ["# mine"]
     FIRST.write_text(json.dumps(notebook), encoding="utf-8")
-    process, _ = server(WORK.with_name("server.log"))
+    process, _ = server(Path.home() / "server.log")
     process.terminate()
     process.wait(30)
     expect("an edited notebook outlives a restart", "# mine" in FIRST.read_text(encoding="utf-8"))
