@@ -30,6 +30,15 @@ FOCUSABLE = """() => [...document.querySelectorAll('a[href], button, input, summ
     .map((e, number) => { e.dataset.number = number; return `${number} ${e.outerHTML.slice(0, 120)}` })"""
 
 
+#: Cells of a page's tables whose text is a column of a word or two, and links that are cut into characters.
+SQUEEZED = """() => [...document.querySelectorAll("main td")].filter(cell => {
+    const text = document.createRange();
+    text.selectNodeContents(cell);
+    const box = text.getBoundingClientRect();
+    const numbers = [...cell.querySelectorAll("a")].filter(link => /^\\d\\d$/.test(link.textContent));
+    const cut = numbers.some(link => link.getClientRects().length > 1);
+    return cut || box.height > 200 && box.width < 150;
+}).map(cell => cell.textContent)"""
 #: The colour of a picture near its corner, in its panel, as the browser draws it.
 FIRST_PANEL = """async image => {
     await image.decode();
@@ -138,6 +147,22 @@ def test_no_page_asks_others_or_is_wider_than_a_phone(visit, address, language):
         page.goto(f"{address}/{path}")
         wide[path] = page.evaluate("document.documentElement.scrollWidth")
     assert {path: pixels for path, pixels in wide.items() if pixels > 390} == {}
+
+
+@pytest.mark.parametrize("path", ["zh/glossary", "en/glossary", "en/troubleshooting", "zh/benchmarks"])
+def test_a_table_of_sentences_is_not_squeezed_on_a_phone(visit, path):
+    page = visit(f"{path}.html", viewport={"width": 390, "height": 844})
+    page.wait_for_load_state("networkidle")
+    squeezed = page.evaluate(SQUEEZED)
+    assert squeezed == []
+    if "glossary" in path:
+        page.goto(f"{page.url}#term-temperature")
+        page.reload()
+        expect(page.locator("#term-temperature")).to_be_in_viewport()
+        labels = page.locator("tr:has(#term-temperature) td").evaluate_all("all => all.map(e => e.dataset.label)")
+        assert labels == page.locator("th").all_text_contents()[:5]
+    page.set_viewport_size({"width": 1280, "height": 900})
+    expect(page.locator("table.course-stacked")).to_have_count(0)
 
 
 def test_both_languages_have_the_same_pages():

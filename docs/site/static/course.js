@@ -48,3 +48,45 @@ function reachable() {
 }
 window.addEventListener("load", reachable);
 window.addEventListener("resize", reachable);
+
+// On a phone a table of sentences would have columns of two words. Such a table shows each row as a block, with the
+// heads of its columns as labels. The roles keep it a table for screen readers.
+const ROLES = { TABLE: "table", THEAD: "rowgroup", TBODY: "rowgroup", TR: "row", TH: "columnheader", TD: "cell" };
+let width = 0;
+
+function squeezed(table) {
+  const scrolls = table.parentElement.scrollWidth > table.parentElement.clientWidth;
+  return [...table.tBodies[0].rows].some((row) => {
+    const cells = [...row.cells];
+    const narrow = row.offsetHeight > 200 && cells.every((cell) => cell.offsetWidth < 200);
+    return narrow || (scrolls && cells.some((cell) => cell.textContent.trim().length > 40));
+  });
+}
+
+function stack() {
+  if (width === window.innerWidth) {
+    return;
+  }
+  width = window.innerWidth;
+  const tables = [...document.querySelectorAll("main .pst-scrollable-table-container > table")].filter((one) => one.tHead);
+  tables.forEach((table) => table.classList.remove("course-stacked"));
+  const narrow = tables.filter((table) => width < 768 && squeezed(table));
+  for (const table of narrow) {
+    const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+    for (const part of [table, ...table.querySelectorAll("thead, tbody, tr, th, td")]) {
+      part.setAttribute("role", ROLES[part.tagName]);
+    }
+    for (const row of table.tBodies[0].rows) {
+      [...row.cells].forEach((cell, place) => {
+        cell.dataset.label = heads[place];
+        cell.toggleAttribute("data-empty", !cell.textContent.trim() && !cell.querySelector("img"));
+      });
+    }
+    table.classList.add("course-stacked");
+  }
+  if (narrow.length && location.hash) {
+    document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+  }
+}
+stack();
+window.addEventListener("resize", stack);
