@@ -13,6 +13,7 @@ import gettext
 import json
 import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,19 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
+def _opened() -> Path:
+    """The notebook that VS Code has opened, by the variable that it leaves in the kernel; elsewhere an empty path."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return Path(getattr(shell, "user_ns", {}).get("__vsc_ipynb_file__") or "")
+
+
 def current() -> str:
-    """The name of the folder that the notebook lies in, a kernel's working folder; elsewhere `COURSE_LANGUAGE`."""
-    here = Path.cwd()
-    name = here.name if here.parent.name == "notebooks" else os.environ.get("COURSE_LANGUAGE")
+    """The name of the folder that the notebook lies in; elsewhere `COURSE_LANGUAGE`.
+
+    A kernel works in that folder. VS Code may start it in the folder of the project, but says which notebook it is for.
+    """
+    names = [folder.name for folder in (Path.cwd(), _opened().parent) if folder.parent.name == "notebooks"]
+    name = names[0] if names else os.environ.get("COURSE_LANGUAGE")
     return name if name in LANGUAGES else "en"
 
 

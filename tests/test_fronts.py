@@ -7,11 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+from jupyter_client import BlockingKernelClient
+from jupyter_client.manager import start_new_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
 
 # ------------------------------------------------------------------------------------ JupyterLab's own language
 
@@ -61,3 +66,67 @@ def test_a_language_that_the_learner_chose_stays(tmp_path):
     own.parent.mkdir(parents=True)
     own.write_text(json.dumps({"locale": "en"}))
     assert interface("zh", tmp_path) == "en File"
+
+
+# ----------------------------------------------------------------------------- commands that run a notebook alone
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_jupyter_execute_runs_a_notebook_from_another_folder(tmp_path):
+    """The command of nbclient, as a learner calls it; the helpers speak the language of the notebook's folder."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JUPYTER", "PYTHON", "MPL"))}
+    command = [sys.executable, "-m", "jupyter", "execute", NOTEBOOKS / "zh" / "01_environment.ipynb"]
+    done = subprocess.run(
+        [*command, "--startup_timeout=300", f"--output={tmp_path / 'executed'}"],
+        cwd=tmp_path,
+        env=kept | {"COURSE_OUTPUT": str(tmp_path / "output")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    executed = code_cells(tmp_path / "executed.ipynb")
+    assert all(cell.execution_count for cell in executed)
+    said = "".join(output.get("text", "") for cell in executed for output in cell.outputs)
+    assert "pinned packages are installed in the pinned version" in said and "○ 待作答" in said
+
+
+# ------------------------------------------------------------------------------------------------------ VS Code
+
+#: Draws with the fonts of the course and of matplotlib only; a character that they lack is an error.
+DRAWN = """
+import warnings
+from course import plots
+plots.pyplot().rcParams["font.family"] = ["Huanhuan Hei", "DejaVu Sans"]
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    display(plots.length_picture([3, 5, 8], 16))
+"""
+
+
+@pytest.fixture
+def kernel(tmp_path) -> Iterator[BlockingKernelClient]:
+    """A kernel as VS Code starts it: in the project's folder, with none of the settings of `make lab`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JUPYTER", "PYTHON", "MPL"))}
+    manager, client = start_new_kernel(
+        startup_timeout=300, kernel_name="python3", cwd=str(ROOT), env=kept | {"COURSE_OUTPUT": str(tmp_path)}
+    )
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_a_kernel_that_starts_in_the_projects_folder_speaks_the_notebooks_language(kernel):
+    path = NOTEBOOKS / "zh" / "01_environment.ipynb"
+    said: list[dict] = []
+    sources = [f"__vsc_ipynb_file__ = {str(path)!r}", *(cell.source for cell in code_cells(path)), DRAWN]
+    for source in sources:
+        reply = kernel.execute_interactive(
+            source, output_hook=lambda message: said.append(message["content"]), allow_stdin=False, timeout=120
+        )
+        assert reply["content"]["status"] == "ok", reply["content"]
+    assert any("○ 待作答" in content.get("text", "") for content in said)
+    (drawn,) = [content["data"] for content in said if "样本，长度" in content.get("data", {}).get("text/plain", "")]
+    assert "data:image/png" in drawn["text/html"]

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import secret_scan
 from faulty_hub import refused_port
 from modelscope_hub.config import set_default_config
 
@@ -395,6 +397,24 @@ import course.swanlab_record, course.widgets
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "{", '"a":', "1,", '"b":', "2", "}"]
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("gbk", "甄嬛 ?"), ("cp1252", "?? ?"), ("utf-8", "甄嬛 💾")])
+def test_a_character_that_the_terminal_cannot_show_ends_no_program(encoding, expected):
+    """On Windows what goes through a pipe has the encoding of the system; SwanLab prints such characters."""
+    code = "import utils; utils.prepare(); print('甄嬛 💾')"
+    environment = without_course(PYTHONIOENCODING=encoding)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode(encoding).strip() == expected
+
+
+def test_every_file_can_be_stored_on_windows():
+    """Whose names have no such characters, are equal in upper and lower case, and end after 260 characters."""
+    names = [path.relative_to(ROOT) for path in secret_scan.tracked(ROOT)]
+    taken = re.compile(r'(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:"|?*\\].*|.*[. ]')
+    assert not [name for name in names if any(taken.fullmatch(part) for part in name.parts)]
+    assert len({str(name).lower() for name in names}) == len(names) > 100
+    assert max(len(str(name)) for name in names) < 120, "the folder that it lies in has a name, too"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
