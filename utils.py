@@ -489,13 +489,13 @@ def wrong_packages() -> list[str]:
 
 def machine() -> dict[str, float]:
     """Cores, memory in GiB (installed and free), and free disk in GiB of the project's folder."""
-    import psutil
+    from course.memory import machine_memory_gib
 
-    memory = psutil.virtual_memory()
+    memory_gib, free_memory_gib = machine_memory_gib()
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "memory_gib": memory.total / 2**30,
-        "free_memory_gib": memory.available / 2**30,
+        "memory_gib": memory_gib,
+        "free_memory_gib": free_memory_gib,
         "free_disk_gib": shutil.disk_usage(ROOT).free / 2**30,
     }
 

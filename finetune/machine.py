@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course.language import say
+from course.memory import machine_memory_gib
 from finetune.parallel import launched
 
 GIB = 2**30
@@ -60,7 +61,6 @@ def this_machine(folder: Path) -> Machine:
     A process that a launcher started asks its own GPU only: asking for free memory opens a context on a GPU, which
     takes about half a GiB there.
     """
-    import psutil
     import torch
 
     gpus, started = torch.cuda.device_count(), launched()
@@ -73,6 +73,6 @@ def this_machine(folder: Path) -> Machine:
         gpus=gpus,
         gib_each=gib,
         card=next((card for card in CARDS if card in name), name),
-        host_gib=psutil.virtual_memory().available / GIB,
+        host_gib=machine_memory_gib()[1],
         disk_gib=shutil.disk_usage(folder).free / GIB,
     )

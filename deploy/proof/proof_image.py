@@ -90,6 +90,9 @@ def main() -> int:
     finally:
         for words in (["rm", "-f", NAME], ["volume", "rm", NAME]):
             subprocess.run([ENGINE, *words], capture_output=True)
+    asked = ["--entrypoint", PYTHON, image, "-c", "import utils; print(round(utils.machine()['memory_gib'], 2))"]
+    seen = engine("run", "--rm", "--network", "none", "--memory", "3g", "--workdir", "/opt/course", *asked)
+    expect(f"of 3 GiB that a container may hold, notebook 01 sees {seen}", seen == "3.0")
     if os.environ.get("SERIES") == "no":
         return 0
     print("proof.py in it, without a network and with a read-only root", flush=True)
