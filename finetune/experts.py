@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
-from finetune import quantize
+from finetune import products, quantize
+from finetune.config import EXPERT_TENSORS
+from finetune.kernels import activated
 
 #: Up to so many slots (tokens x experts a token) the processor does not wait for the GPU to count those of other
 #: processes; their rows are computed and thrown away. Chosen, not measured.
@@ -27,58 +28,6 @@ class Adapter(Protocol):
         """A of shape (experts, rank, in), B of shape (experts, out, rank), and the scale; None if switched off."""
 
 
-def sum_slots(rows: torch.Tensor, slots: torch.Tensor, dropped: int | None) -> torch.Tensor:
-    """Rows (slots, hidden), slots (tokens, k) -> (tokens, hidden): the sum over a token's slots, the dropped left out.
-
-    Args:
-        dropped: the number of the one slot for all experts of other processes; None where all are here.
-    """
-    if dropped is None:
-        return rows[slots.flatten()].view(*slots.shape, -1).sum(1)
-    return F.embedding_bag(slots, rows, mode="sum", padding_idx=dropped)  # reads only the rows that are here
-
-
-class Permute(torch.autograd.Function):
-    """`x[token]`: each token's row to the slots of its experts, sorted by expert.
-
-    The gradient is the sum over a token's slots, as in `Unpermute`. That of plain indexing adds with one atomic
-    operation a number, slow on a GPU and not in a fixed order.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, token: torch.Tensor, slots: torch.Tensor, dropped: int | None
-    ) -> torch.Tensor:
-        """X (tokens, hidden), token (slots,), slots (tokens, k) -> (slots, hidden)."""
-        ctx.save_for_backward(slots)
-        ctx.dropped = dropped
-        return x[token]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """(slots, hidden) -> (tokens, hidden)."""
-        (slots,) = ctx.saved_tensors
-        return sum_slots(grad.contiguous(), slots, ctx.dropped), None, None, None
-
-
-class Unpermute(torch.autograd.Function):
-    """The way back: a token's row is the sum over its slots. Its gradient is that of `Permute` turned round."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: torch.Tensor, token: torch.Tensor, slots: torch.Tensor, dropped: int | None
-    ) -> torch.Tensor:
-        """Y (slots, hidden), token (slots,), slots (tokens, k) -> (tokens, hidden)."""
-        ctx.save_for_backward(token)
-        return sum_slots(y, slots, dropped)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """(tokens, hidden) -> (slots, hidden)."""
-        (token,) = ctx.saved_tensors
-        return grad[token], None, None, None
-
-
 class GroupedExperts(Glm4MoeExperts):
     """All routed experts of one layer, their adapters and their 4-bit states.
 
@@ -86,6 +35,8 @@ class GroupedExperts(Glm4MoeExperts):
         adapters: name of a fused tensor to its adapter; `lora.GroupedLora` enters itself.
         packed: name of a fused tensor to its quantisation state; `quantize.FourBitExperts` enters it.
         first_expert: which of the layer's experts is the first here; `parallel.AllGatherExperts` sets it.
+        keep_unpacked: whether weights that a forward pass unpacked are kept for its backward pass. That saves time
+            where a layer is computed again just before its backward pass, and is far too much for all layers at once.
         num_experts: how many experts are here; transformers lowers it where processes share them out.
     """
 
@@ -94,13 +45,14 @@ class GroupedExperts(Glm4MoeExperts):
         self.adapters: dict[str, Adapter] = {}
         self.packed: dict[str, Any] = {}
         self.first_expert = 0
+        self.keep_unpacked = False
 
     def read(self, name: str, experts: torch.Tensor | None = None) -> torch.Tensor:
         """The fused tensor (experts, out, in), unpacked if it is stored in 4 bits; of some experts only if given."""
         stored = getattr(self, name)
         return quantize.unpacked(stored, self.packed[name], experts) if name in self.packed else stored
 
-    def _factors(self, name: str, experts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    def _factors(self, name: str, experts: torch.Tensor | None) -> products.Factors | None:
         """The adapter's factors of the experts that are here, or of those given."""
         adapter = self.adapters.get(name)
         found = adapter.factors() if adapter else None
@@ -110,21 +62,7 @@ class GroupedExperts(Glm4MoeExperts):
         if a.shape[0] > self.num_experts:  # the factors are whole in every process, the experts shared out
             assert self.first_expert % self.num_experts == 0 and self.first_expert < a.shape[0], self.first_expert
             a, b = (factor[self.first_expert : self.first_expert + self.num_experts] for factor in (a, b))
-        return (a, b, scale) if experts is None else (a[experts], b[experts], scale)
-
-    def _project(self, name: str, x: torch.Tensor, ends: torch.Tensor, experts: torch.Tensor | None) -> torch.Tensor:
-        """Rows sorted by expert (slots, in) -> (slots, out): the weights' product and the adapter's."""
-        weight = self.read(name, experts)
-        x = x.to(weight.dtype)
-        y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-        if (found := self._factors(name, experts)) is None:
-            return y
-        a, b, scale = found
-        # A grouped product wants rows of 16 bytes, so a rank below 8 (in bf16) is filled up with zeros.
-        fill = -a.shape[1] % (16 // x.element_size())
-        a = F.pad(a.to(x.dtype), (0, 0, 0, fill)).transpose(-2, -1)
-        b = F.pad(b.to(x.dtype) * scale, (0, fill)).contiguous().transpose(-2, -1)
-        return y + F.grouped_mm(F.grouped_mm(x, a, offs=ends), b, offs=ends)
+        return products.Factors(*((a, b) if experts is None else (a[experts], b[experts])), scale)
 
     def _one_token(self, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One token: only the weights of its experts, in batched products whose sizes are always the same.
@@ -183,9 +121,24 @@ class GroupedExperts(Glm4MoeExperts):
         token, weights = order // k, top_k_weights.reshape(-1).gather(0, order)
         if dropped is not None:
             weights = torch.where(torch.arange(dropped + 1, device=order.device) < ends[-1], weights, 0)
+        routing = products.Routing(token, slots, ends, dropped)
         with torch.autocast(hidden_states.device.type, enabled=False):  # grouped products do not take part in autocast
-            x = Permute.apply(hidden_states, token, slots, dropped)
-            x = self._apply_gate(self._project("gate_up_proj", x, ends, asked))
-            # The routing weights are applied before the last product, where the rows are short.
-            y = self._project("down_proj", x * weights.unsqueeze(1).to(x.dtype), ends, asked)
-            return Unpermute.apply(y, token, slots, dropped).to(hidden_states.dtype)
+            if torch.is_grad_enabled():
+                found = [self._factors(name, None) or (None, None, 1.0) for name in EXPERT_TENSORS]
+                (a, b, scale), (a_down, b_down, scale_down) = found
+                both = scale, scale_down
+                return products.ExpertProducts.apply(self, routing, both, hidden_states, weights, a, b, a_down, b_down)
+            x = hidden_states[token]
+            for name in EXPERT_TENSORS:
+                weight, factors = self.read(name, asked), self._factors(name, asked)
+                x = products.project(x.to(weight.dtype), weight, factors and factors.prepared(weight), ends)[0]
+                if name == "gate_up_proj":
+                    x = activated(x, weights)
+            return routing.sums(x).to(hidden_states.dtype)
+
+
+def keep_unpacked(model: torch.nn.Module, checkpointing: bool) -> None:
+    """Say to all experts of a model whether their layers are computed again before their backward pass."""
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.keep_unpacked = checkpointing

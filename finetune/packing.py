@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import AttentionInterface
 from transformers.data.data_collator import DataCollatorWithFlattening
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
 
 from course.language import say
+from finetune.kernels import rotated
 from utils import CourseError
 
 
@@ -92,6 +94,32 @@ def pad_to(batch: dict[str, Any], length: int) -> dict[str, Any]:
     return batch | {name: value for name, value in added.items() if name in batch}
 
 
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int | None, scaling: float
+) -> torch.Tensor:
+    """Causal attention within each sample; no mask of tokens x tokens is ever made.
+
+    Args:
+        q: (tokens, heads, dim). k, v: (tokens, key heads, dim). ends: where samples begin and the last one ends,
+            (samples + 1,), int32. longest: tokens of the longest sample at least. scaling: of the products.
+
+    Returns:
+        (tokens, heads, dim).
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn  # flash attention, which knows no CPU and no float32
+
+        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
+        return varlen_attn(q, k, v, ends, ends, longest, longest, **how)
+    parts = [
+        F.scaled_dot_product_attention(
+            *(x[start:end].transpose(0, 1) for x in (q, k, v)), is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for start, end in pairwise(ends.tolist())
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -103,11 +131,10 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of a packed row; no mask of tokens x tokens is ever made.
+    """`attend` in the form that transformers calls.
 
     Args:
         query: (1, heads, tokens, dim). key, value: (1, key heads, tokens, dim).
-        cu_seq_lens_q: where samples begin and the last one ends, (samples + 1,), int32.
 
     Returns:
         (1, tokens, heads, dim), and None for the weights.
@@ -120,20 +147,45 @@ def packed_attention(
             say("Packed attention got a batch that PackedRows did not make. Use it, or attention 'sdpa'.")
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn  # flash attention, which knows no CPU and no float32
+    return attend(q, k, v, cu_seq_lens_q, max_length_q, scaling).unsqueeze(0), None
 
-        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **how)
-    else:
-        parts = [
-            F.scaled_dot_product_attention(
-                *(x[start:end].transpose(0, 1) for x in (q, k, v)), is_causal=True, scale=scaling, enable_gqa=True
-            )
-            for start, end in pairwise(cu_seq_lens_q.tolist())
-        ]
-        out = torch.cat(parts, dim=1).transpose(0, 1)
-    return out.unsqueeze(0), None
+
+class Rotate(torch.autograd.Function):
+    """Rotary embedding, (tokens, heads, dim), with cos and sin of (tokens, rotated dimensions)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Each head rotated by its position."""
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient rotated back."""
+        cos, sin = ctx.saved_tensors
+        return rotated(grad.contiguous(), cos, -sin), None, None
+
+
+class PackedAttention(Glm4MoeAttention):
+    """The attention of a layer; for packed rows without transformers' copies of queries and keys."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(1, tokens, hidden) -> the same, and None for the weights."""
+        ends, packed = kwargs.get("cu_seq_lens_q"), self.config._attn_implementation == "packed"
+        if ends is None or not packed or self.use_qk_norm or kwargs.get("past_key_values") is not None:
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(hidden_states)[0].unflatten(-1, (-1, self.head_dim)) for project in projections)
+        cos, sin = (x[0] for x in position_embeddings)
+        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        y = attend(q, k, v, ends, kwargs.get("max_length_q"), self.scaling)
+        return self.o_proj(y.flatten(1).unsqueeze(0)), None
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -23,6 +23,7 @@ from course.language import say
 from course.model_folder import model_folder
 from finetune import lora, parallel, planner, resume
 from finetune.config import AIR, is_small
+from finetune.experts import keep_unpacked
 from finetune.machine import this_machine
 from finetune.model import load_model
 from finetune.packing import PackedRows, SimilarLengths, pad_to
@@ -105,6 +106,7 @@ class ShardedTrainer(Trainer):
         arguments.save_only_model = self.sharded
         super().__init__(*args, **kwargs)
         arguments.save_only_model = False
+        keep_unpacked(self.model, bool(arguments.activation_checkpointing))
         self.recorded: RecordedSteps | None = None
 
     def record_steps(self) -> None:
