@@ -101,6 +101,19 @@ def test_the_header_says_what_its_metadata_says(path):
     assert len(headers.problems(changed, name, language)) == 1
 
 
+def test_a_title_that_a_link_encodes_has_a_place_to_jump_to():
+    text = "## 1 `a` 与乙？\n\nx\n\n```\n## 丙\n```\n\n## Plain"
+    made = headers.with_places(text)
+    assert made == f'<div id="1-a-%E4%B8%8E%E4%B9%99%EF%BC%9F"></div>\n\n{text}'
+    assert headers.with_places(made) == made
+    assert headers.with_places(made.replace("与乙", "b").replace("？", "?")).startswith("## 1 `a` b?")
+    for path in sorted((ROOT / "notebooks" / "zh").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        cell = next(cell for cell in notebook.cells if headers.PLACE.search(cell.source))
+        cell.source = headers.PLACE.sub("", cell.source)
+        assert len(headers.problems(notebook, path.stem, "zh")) == 1
+
+
 @pytest.mark.parametrize(
     ("seconds", "memory", "disk", "count"),
     [

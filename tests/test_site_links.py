@@ -114,6 +114,13 @@ def test_a_chinese_page_says_which_links_and_parts_of_the_navigation_lead_to_eng
     )
 
 
+def test_what_jupyterlab_needs_to_jump_to_a_chinese_title_is_left_out(course):
+    source = '<div id="1-%E4%B8%80"></div>\n\n## 1 一\n\n<div id="own"></div>\n\ntext'
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": source}]
+    shown = website.notebook({"cells": cells}, "notebooks/zh/01_a.ipynb", website.Links(course, "zh"))["cells"]
+    assert shown[0]["source"] == '## 1 一\n\n<div id="own"></div>\n\ntext'
+
+
 STYLED = """<svg><style>
   .box { fill: white; }
   @media (prefers-color-scheme: dark) {

@@ -39,6 +39,8 @@ NEEDS = {
 #: How far a run may lie from the header: a slower or busier machine is no fault, a forgotten header is.
 TIME_FACTOR, TIME_SLACK_SECONDS = 3.0, 20.0
 SIZE_FACTOR, SIZE_SLACK_MIB = 1.3, 60.0
+#: What `with_places` puts before a title.
+PLACE = re.compile(r'^<div id="[^"\n]*"></div>\n\n(?=## )', re.MULTILINE)
 #: The header's minutes have one decimal. Training is never longer than its notebook; in 05 it is most of it.
 ROUNDING_SECONDS, TRAINING_SHARE = 3.0, {"05_lora_training": 0.4}
 
@@ -95,16 +97,32 @@ def table(data: dict[str, Any], language: str = "en") -> str:
     return "\n".join([lines[0].replace("|  |", "| |"), "|---|---|", *lines[1:]])
 
 
-def contents(notebook: nbformat.NotebookNode) -> str:
-    """Links to the sections; JupyterLab and GitHub both make a section's anchor from its title, spaces as hyphens.
+def anchor(title: str) -> str:
+    """The end of a link to a section; JupyterLab and GitHub both make it from the title, spaces as hyphens.
 
     JupyterLab reads a link with JavaScript's `decodeURI`, which leaves the signs of `safe` as they are encoded.
     """
+    return quote(title.replace("`", "").replace(" ", "-"), safe=",;:@&=+$/?")
+
+
+def with_places(text: str) -> str:
+    """The text with a place to jump to before each title that is encoded in a link; the old places go.
+
+    A click on `#%E5...` has JupyterLab look for an element of that very name, and the title's own is not encoded.
+    """
+
+    def place(match: re.Match[str]) -> str:
+        name = "" if match[1] is None else anchor(match[1])
+        return f'<div id="{name}"></div>\n\n{match[0]}' if "%" in name else match[0]
+
+    return re.sub(r"^```.*?^```|^## ([^\n]+)$", place, PLACE.sub("", text), flags=re.DOTALL | re.MULTILINE)
+
+
+def contents(notebook: nbformat.NotebookNode) -> str:
+    """Links to the sections."""
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     without_code = re.sub(r"^```.*?^```", "", prose, flags=re.DOTALL | re.MULTILINE)
-    titles = re.findall(r"^## (.+)$", without_code, re.MULTILINE)
-    anchors = [quote(title.replace("`", "").replace(" ", "-"), safe=",;:@&=+$/?") for title in titles]
-    return " · ".join(f"[{title}](#{anchor})" for title, anchor in zip(titles, anchors, strict=True))
+    return " · ".join(f"[{title}](#{anchor(title)})" for title in re.findall(r"^## (.+)$", without_code, re.MULTILINE))
 
 
 def neighbours(name: str, language: str = "en") -> str:
@@ -141,6 +159,9 @@ def write(
     data |= {"needs": NEEDS.get(name, ""), "packages": packages(notebook)}
     notebook.metadata["course"] = data
     cells = [cell for cell in notebook.cells if not {"header", "footer"} & set(cell.metadata.get("tags", []))]
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_places(cell.source)
     notebook.cells = cells
     made = [
         nbformat.v4.new_markdown_cell(text, id=f"{name[:2]}-{tag}", metadata={"tags": [tag]})
@@ -170,6 +191,9 @@ def problems(notebook: nbformat.NotebookNode, name: str, language: str = "en") -
     if shown["header"] != [head(notebook, name, language)] or shown["footer"] != [neighbours(name, language)]:
         cure = "run `python tools/headers.py` or `make store`"
         found.append(f"{name}: header or footer are not what metadata and titles say; {cure}")
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    without = [cell.id for cell in prose if with_places(cell.source) != cell.source]
+    found += [f"{name}: cell {one} lacks its places to jump to; run `python tools/headers.py`" for one in without]
     if data["packages"] != packages(notebook):
         found.append(f"{name}: the header's versions are not the pins of what it imports; run `make store`")
     if data["needs"] != NEEDS.get(name, ""):

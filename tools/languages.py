@@ -186,9 +186,9 @@ def compared(cell: nbformat.NotebookNode) -> bool:
 
 
 def prose(notebook: nbformat.NotebookNode) -> dict[str, str]:
-    """The prose cells that people write, by id."""
+    """The prose that people write, by the cell's id; the places to jump to are made by headers.py."""
     return {
-        cell.id: cell.source
+        cell.id: headers.PLACE.sub("", cell.source)
         for cell in notebook.cells
         if cell.cell_type == "markdown" and not MADE & set(cell.metadata.get("tags", []))
     }

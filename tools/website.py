@@ -79,6 +79,8 @@ CODE = re.compile(r"^ *(```+|~~~+).*?^ *\1[^\n]*$|(?<!`)(`+)(?!`).+?(?<!`)\2(?!`
 SWITCH = re.compile(r"^\[(?:中文|English)\]\([^)]+\)\n*", re.MULTILINE)
 #: The line of a notebook's header that leads to the notebooks before and after it.
 NEIGHBOURS = re.compile(r"^(?:←|\[全部|\[all )[^\n]*\.\./README[^\n]*$", re.MULTILINE)
+#: A place that JupyterLab needs to jump to a Chinese title (headers.py); the site has its own.
+PLACE = re.compile(r'^<div id="[^"\n]*"></div>\n\n(?=## )', re.MULTILINE)
 #: Files above this are not copied into the site.
 LARGEST = 2 * 2**20
 #: In the place of a widget, which needs a kernel.
@@ -239,7 +241,7 @@ def notebook(content: dict, source: str, links: Links) -> dict:
         if "footer" in cell["metadata"].get("tags", []):
             continue
         if cell["cell_type"] == "markdown":
-            cell = {**cell, "source": links.rewrite(NEIGHBOURS.sub("", "".join(cell["source"])), source)}
+            cell = {**cell, "source": links.rewrite(PLACE.sub("", NEIGHBOURS.sub("", "".join(cell["source"]))), source)}
         elif cell["cell_type"] == "code":
             cell = {**cell, "outputs": list(outputs(cell["outputs"], links.language))}
         cells.append(cell)
