@@ -20,6 +20,8 @@ FOLDER = "/home/learner/course"
 PYTHON = "/opt/course/.venv/bin/python"
 #: As the Dockerfile says it.
 READ_ONLY = ["--read-only", "--tmpfs", "/tmp", "-e", "HOME=/tmp"]
+#: The series takes these from here, where they are set.
+SETTINGS = [word for name in ("COURSE_CELL_SECONDS", "COURSE_MAX_STEPS") for word in ("-e", name)]
 
 
 def engine(*words: str) -> str:
@@ -97,7 +99,7 @@ def main() -> int:
         return 0
     print("proof.py in it, without a network and with a read-only root", flush=True)
     proof = [PYTHON, "/opt/course/deploy/proof/proof.py"]
-    alone = ["run", "--rm", "--network", "none", *READ_ONLY, "--entrypoint", proof[0], image, *proof[1:]]
+    alone = ["run", "--rm", "--network", "none", *READ_ONLY, *SETTINGS, "--entrypoint", proof[0], image, *proof[1:]]
     return subprocess.run([ENGINE, *alone]).returncode
 
 

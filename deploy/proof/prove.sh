@@ -4,7 +4,8 @@
 #
 #   deploy/proof/prove.sh NEW_FOLDER [FOLDER...]     takes 6 GB there; FOLDERs are wheels that pip's settings here name
 #
-# SUITE=bookworm (default) or trixie. The settings of apt and pip on this machine are used inside as well.
+# SUITE=bookworm (default) or trixie. The settings of apt and pip on this machine are used inside as well. On a busy machine
+# COURSE_CELL_SECONDS lets a cell take longer, as README says.
 set -eu
 
 if [ -z "${PROVING:-}" ]; then # mounts of its own, which end with it
@@ -50,5 +51,6 @@ say "$(du -sxh "$ROOT" | cut -f1) after; $(du -sh "$ROOT/opt/course/.venv" | cut
 say "as learner, network cut off"
 # shellcheck disable=SC2016  # the inner shell is the one to expand it
 ROOT=$ROOT unshare --net sh -c 'ip link set lo up && exec chroot --userspec=learner:learner "$ROOT" /usr/bin/env -i \
-    LANG=C.UTF-8 HOME=/home/learner PATH=/usr/bin:/bin /opt/course/.venv/bin/python /opt/course/deploy/proof/proof.py'
+    LANG=C.UTF-8 HOME=/home/learner PATH=/usr/bin:/bin ${COURSE_CELL_SECONDS:+COURSE_CELL_SECONDS="$COURSE_CELL_SECONDS"} \
+    /opt/course/.venv/bin/python /opt/course/deploy/proof/proof.py'
 say "proved"
