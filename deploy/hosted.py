@@ -12,7 +12,6 @@ library, so that nothing it may replace is in use by it.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -179,7 +178,9 @@ def trouble(said: str) -> utils.CourseError:
                 reason=reason,
             )
         )
-    return utils.CourseError(say("pip could not install the packages ({reason}). Nothing was changed.", reason=reason))
+    return utils.CourseError(
+        say("pip could not install the packages ({reason}). Mend that, then run this line again.", reason=reason)
+    )
 
 
 def pip(*arguments: str) -> None:
@@ -213,25 +214,24 @@ def need_room(gib: float) -> None:
 
 
 def install(wanted: Plan) -> None:
-    """Install what a plan asks for; what changes comes in the version of the lock file, as far as it fits here.
+    """Install what a plan asks for; what is missing comes in the version of the lock file, as far as that fits here.
 
     Raises:
         CourseError: pip failed.
     """
+    print(say("Installing what is missing: 1 to 3 minutes on a quiet machine."))
+    there = installed()
+    missing = [line for name, lines in locked().items() if name not in there for line in lines]
     with tempfile.TemporaryDirectory() as folder:
-        keep, report = Path(folder) / "keep.txt", Path(folder) / "report.json"
-        keep.write_text(wanted.torch + "\n", encoding="utf-8")
-        asked = ["install", "--quiet", "--constraint", str(keep), *wanted.requirements]
-        pip(*asked, "--dry-run", "--report", str(report))
-        coming = [one["metadata"]["name"] for one in json.loads(report.read_text(encoding="utf-8"))["install"]]
-        print(say("{count} packages are installed now. This took 1 to 3 minutes when it was tried.", count=len(coming)))
-        lines = locked()
-        known = [line for name in coming for line in lines.get(canonical(name), [])]
-        keep.write_text("\n".join([wanted.torch, *known]) + "\n", encoding="utf-8")
+        constraints = Path(folder) / "constraints.txt"
+        asked = ["install", "--quiet", "--constraint", str(constraints), *wanted.requirements]
+        constraints.write_text("\n".join([wanted.torch, *missing, ""]), encoding="utf-8")
         try:
             pip(*asked)
-        except utils.CourseError:  # a package that is kept may not fit to one of the lock file
-            keep.write_text(wanted.torch + "\n", encoding="utf-8")
+        except utils.CourseError as error:
+            if "ResolutionImpossible" not in str(error):  # else what is kept does not fit to a release of the lock file
+                raise
+            constraints.write_text(f"{wanted.torch}\n", encoding="utf-8")
             pip(*asked)
 
 

@@ -95,17 +95,17 @@ def links(at: str, file: str, language: str = "en") -> str:
     if not (place := GITHUB.fullmatch(at)):
         return ""
     file = f"{place[1]}/{place[2]}/blob/{BRANCH}/{file}"
-    opened = (
-        f"[{say_in(language, 'Open on {service}', service=service)}]({pattern.format(file=file)})"
-        for service, pattern in SERVICES.items()
-    )
+    opened = []
+    for service, pattern in SERVICES.items():
+        text = say_in(language, "Open on {service}", service=service)
+        opened.append(f"[{text}]({pattern.format(file=file)})")
     return " · ".join(opened)
 
 
 def part(at: str, language: str) -> str:
     """The part of a README that depends on the address."""
     lines = commands(at).replace(f"{RUN} en", f"{RUN} {language}")
-    shown = f"```python\n{lines}\n```\n"
+    shown = f"```text\n{lines}\n```\n"
     if found := links(at, f"notebooks/{language}/01_environment.ipynb", language):
         shown += f"\n{found}\n"
     return f"{BEGIN}\n{shown}{END}\n"

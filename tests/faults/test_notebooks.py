@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import address
 import headless
 import nbformat
 import pytest
@@ -250,20 +251,21 @@ def test_a_prompt_changed_after_the_samples_is_refused(right, output, fault):
 # ------------------------------------------------------------------------------------------- another folder
 
 
-def test_from_another_folder_without_the_startup_file_the_mend_stands_beside_the_error(tmp_path, fault):
-    for path in sorted(EN.glob("*.ipynb")):
-        source = path.read_text(encoding="utf-8")
-        assert "# not found? Start this notebook from its own folder" in source
+def test_from_another_folder_without_the_startup_file_the_message_says_what_to_run(tmp_path, fault):
+    (tmp_path / "utils.py").write_text("raise SystemExit('not the utils of the course')\n")
     with opened("03_dataset", tmp_path / "out", tmp_path) as learner:
-        error, shown = learner.run(learner.code[0])
-    assert error == "ModuleNotFoundError"
-    assert "Start this notebook from its own folder" in shown
+        cell = learner.client.nb.cells[learner.code[0]]
+        with pytest.raises(CellExecutionError):
+            learner.client.execute_cell(cell, learner.code[0])
+        (output,) = cell.outputs  # what IPython says of a UsageError, and no stack trace
+        shown = output.text
+    assert address.message(address.address()) in shown
     assert not (tmp_path / "out").exists()
     fault.record(
         "notebooks",
-        "a kernel in another folder, without make lab",
-        "another working directory",
-        "the error's line says what to do",
+        "a notebook by itself, or a kernel in another folder without make lab",
+        "another working directory, a foreign utils.py in it",
+        "one message with what to run, no stack trace",
     )
 
 

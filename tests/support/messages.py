@@ -126,6 +126,8 @@ class Code:
                 for inner in ast.walk(node):
                     if called(inner) in ("print", "getpass"):
                         add(inner.args)
+            if called(getattr(node, "exc", None)) == "UsageError":
+                continue  # a first cell's, with the project's address: tools/address.py writes it
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 add(node.exc.args[:1])
             elif called(node) == "CourseError":
