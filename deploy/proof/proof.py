@@ -39,7 +39,7 @@ def server(log: Path) -> tuple[subprocess.Popen, str]:
     """Start the server; the process and the address with the token, once it answers the health check."""
     with log.open("w") as file:
         process = subprocess.Popen([DEPLOY / "start.sh"], stdout=file, stderr=subprocess.STDOUT)
-    for _ in range(120):
+    for _ in range(600):  # five minutes, on a machine that is busy
         time.sleep(0.5)
         found = re.search(r"http://127\.0\.0\.1:8888/\S+\?token=\w+", log.read_text())
         if found and not subprocess.run([sys.executable, DEPLOY / "health.py"], capture_output=True).returncode:

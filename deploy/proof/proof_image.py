@@ -53,7 +53,7 @@ def start(image: str) -> tuple[str, str]:
     begun = time.time()
     engine("run", "-d", "--name", NAME, "-p", f"127.0.0.1:{PORT}:8888", "-v", f"{NAME}:{FOLDER}", image)
     while not healthy():
-        if time.time() - begun > 120:
+        if time.time() - begun > 300:
             sys.exit(engine("logs", NAME))
         time.sleep(0.5)
     expect(f"healthy {time.time() - begun:.1f} s after the start", True)
