@@ -32,11 +32,18 @@ SINGLE = ("秩",)
 #: Longer words and phrases in which a term's name means something else.
 OTHER_MEANINGS = {
     "en": (
+        "Views on rank",
+        "a step is the distance",
+        "asks for its token",
         "half a step",
         "keep the token",
+        "keeps its token",
         "key, token",
         "keys and tokens",
+        "larger steps",
+        "password or token",
         "places, ranks",
+        "sets the step",
         "the steps, in this order",
         "to herself, a rank",
         "with its token",
@@ -53,6 +60,7 @@ OTHER_MEANINGS = {
         "标签页",
         "每个标签后",
         "被截断",
+        "验证 token",
     ),
 }[LANGUAGE]
 #: The words of a query of Chinese are the longest that the index knows; the rest as the browser divides it.
