@@ -399,6 +399,25 @@ import course.swanlab_record, course.widgets
     assert done.stdout.split() == ["True", "{", '"a":', "1,", '"b":', "2", "}"]
 
 
+def test_a_mac_trains_on_its_processor(tmp_path, cell):
+    """Where `Trainer` would take Apple's GPU by itself, which is brought about here by what it asks."""
+    code = """
+import sys, torch, utils
+from pathlib import Path
+from types import SimpleNamespace
+torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True  # before it is asked for the first time
+from transformers import TrainingArguments
+(run_folder := Path(sys.argv[1])).joinpath("prompt.json").write_text("{}")
+tokens_folder, settings, estimate = run_folder, utils.settings(), SimpleNamespace(eval_batch_size=8)
+batch_size, epochs, small, on_gpu = 16, 2, True, False
+exec(sys.argv[2])
+print(TrainingArguments(sys.argv[1]).device, arguments.device)
+"""
+    command = [sys.executable, "-c", code, tmp_path, cell("05_lora_training", "arguments = TrainingArguments(")]
+    done = subprocess.run(command, cwd=ROOT, env=without_course(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["mps", "cpu"]
+
+
 @pytest.mark.parametrize(("encoding", "expected"), [("gbk", "甄嬛 ?"), ("cp1252", "?? ?"), ("utf-8", "甄嬛 💾")])
 def test_a_character_that_the_terminal_cannot_show_ends_no_program(encoding, expected):
     """On Windows what goes through a pipe has the encoding of the system; SwanLab prints such characters."""
