@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -35,11 +36,11 @@ def python_files() -> list[Path]:
 
 
 def source(path: Path) -> str:
-    """Its Python code; of a notebook that of all code cells, without the lines for the shell or IPython."""
+    """Its Python code; of a notebook that of all code cells, lines for the shell as the calls they become."""
     if path.suffix == ".py":
         return path.read_text(encoding="utf-8")
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    return re.sub(r"^\s*[!%].*$", "", "\n".join(cells), flags=re.MULTILINE)
+    return "\n".join(TransformerManager().transform_cell(cell) for cell in cells)
 
 
 def imports(code: str) -> set[str]:
