@@ -43,7 +43,7 @@ drop_foreign()
 import utils  # noqa: E402
 from course.language import LANGUAGES, current, say  # noqa: E402
 
-#: First and last release of Python and of torch that were tried: torch 2.11 on an H100 and here, 2.13 by all tests.
+#: First and last release of Python and of torch that were tried: torch 2.11 on an H100, torch 2.13 by all tests.
 PYTHON, TORCH = ((3, 11), (3, 13)), ((2, 11), (2, 13))
 #: Pins that are not installed here: parts of the service, whose own releases fit its pages; tools of tests and checks.
 SERVICE = {
