@@ -219,7 +219,7 @@ def install(wanted: Plan) -> None:
     Raises:
         CourseError: pip failed.
     """
-    print(say("Installing what is missing: 1 to 3 minutes on a quiet machine."))
+    print(say("Installing what is missing: a few minutes."))
     there = installed()
     missing = [line for name, lines in locked().items() if name not in there for line in lines]
     with tempfile.TemporaryDirectory() as folder:
