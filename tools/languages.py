@@ -283,7 +283,8 @@ def notebook_pairs() -> dict[str, tuple[Path, Path]]:
 def document_pairs() -> dict[str, tuple[Path, Path]]:
     """Name to the two files of each document."""
     files = [ROOT / "README.md", ROOT / "dataset/README.md", ROOT / "models/README.md", ROOT / "workshop/README.md"]
-    files += [ROOT / "CONTRIBUTING.md", ROOT / "models/recipe/judged/README.md", *ROOT.glob("docs/*.md")]
+    files += [ROOT / "CONTRIBUTING.md", ROOT / "models/recipe/judged/README.md", ROOT / "deploy/README.md"]
+    files += ROOT.glob("docs/*.md")
     files = [path for path in files if not path.name.endswith(".zh-CN.md")]
     return {path.relative_to(ROOT).as_posix(): (path, path.with_suffix(".zh-CN.md")) for path in files}
 

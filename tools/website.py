@@ -36,6 +36,7 @@ PAGES = {
     "other_tools": "docs/other_tools.md",
     "benchmarks": "benchmarks/README.md",
     "guide": "workshop/README.md",
+    "deployment": "deploy/README.md",
     "recipe": "models/recipe/README.md",
     "judged": "models/recipe/judged/README.md",
     "pictures": "images/README.md",
@@ -65,6 +66,7 @@ PARTS = (
         "教学与维护",
         {
             "guide": "",
+            "deployment": "",
             "recipe": "自带模型的训练方法",
             "judged": "",
             "pictures": "图片",

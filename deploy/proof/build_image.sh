@@ -46,4 +46,4 @@ say "the image"
 buildah bud --format docker --layers --network host --file "$COURSE/deploy/Dockerfile" --tag "$IMAGE" \
     --build-arg BASE="$BASE" --build-arg DEVICE="${COURSE_DEVICE:-cpu}" --secret id=pip,src="$WORK/pip.conf" \
     --volume "/etc/ssl/certs/ca-certificates.crt:$CERTIFICATES:ro" "$@" "$COURSE"
-say "$(podman image inspect --format '{{.Size}}' "$IMAGE" | numfmt --to=iec) in all: $IMAGE"
+say "$(podman image inspect --format '{{.Size}}' "$IMAGE" | numfmt --to=si --suffix=B) in all: $IMAGE"
