@@ -137,7 +137,8 @@ def interact(function: Callable[..., Any] | None = None, /, **choices: Any) -> A
         if (shown := function()) is not None:
             display(shown)
         return function
-    display(_in_words(ipywidgets.interactive, words)(function, **choices))
+    # As `ipywidgets.interact` does: what the function returns is shown.
+    display(_in_words(ipywidgets.interactive, words)(function, {"auto_display": True}, **choices))
     return function
 
 

@@ -239,6 +239,13 @@ def test_without_ipywidgets_the_function_is_called_once_and_a_line_says_how(monk
     assert capsys.readouterr().out.splitlines() == [words, "drawn: 2 False"] * 2
 
 
+def test_what_the_function_returns_is_shown_below_the_controls(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    widgets.interact(lambda count=2: "a picture", count=[1, 2])
+    assert "a picture" in shown
+
+
 def test_without_ipywidgets_the_chat_asks_one_question(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     monkeypatch.setenv("COURSE_LANGUAGE", "zh")
