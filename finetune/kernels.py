@@ -53,20 +53,23 @@ def activated_backward(
     return grad_h, (grad * silu * up).sum(1).to(weights.dtype), (silu * up * weight).to(h.dtype)
 
 
-@one_kernel
-def summed(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Rows (slots, hidden), slots (tokens, k) -> (tokens, hidden): the sum over a token's slots."""
-    return rows[slots].sum(1)
+def turns(cos: torch.Tensor, sin: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `rotated` wants, from cos and sin of (tokens, rotated dimensions), which come first in a head of `dim`.
 
-
-@one_kernel
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the first part of each head: (tokens, heads, dim); cos, sin (tokens, rotated dimensions).
-
-    With `-sin` it is the way back, and so the gradient.
+    Returns:
+        (tokens, dim) what each number is multiplied with, (tokens, dim) what its partner is, and (dim,) which that is.
     """
-    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = wide(turning).chunk(2, dim=-1)
-    half = torch.cat([-second, first], dim=-1)
-    done = wide(turning) * wide(cos).unsqueeze(1) + half * wide(sin).unsqueeze(1)
-    return torch.cat([done.to(x.dtype), rest], dim=-1)
+    half, rest = cos.shape[-1] // 2, dim - cos.shape[-1]
+    order = torch.arange(dim, device=cos.device)
+    partner = torch.cat([order[half : 2 * half], order[:half], order[2 * half :]])
+    sign = torch.where(order[: 2 * half] < half, -1.0, 1.0)
+    return F.pad(wide(cos), (0, rest), value=1.0), F.pad(wide(sin) * sign, (0, rest)), partner
+
+
+@one_kernel
+def rotated(x: torch.Tensor, own: torch.Tensor, others: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of each head, (tokens, heads, dim); the rest from `turns`.
+
+    With `-others` it is the way back, and so the gradient.
+    """
+    return (wide(x) * own.unsqueeze(1) + wide(x[..., partner]) * others.unsqueeze(1)).to(x.dtype)

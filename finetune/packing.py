@@ -14,7 +14,7 @@ from transformers.data.data_collator import DataCollatorWithFlattening
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
 
 from course.language import say
-from finetune.kernels import rotated
+from finetune.kernels import rotated, turns
 from utils import CourseError
 
 
@@ -151,19 +151,21 @@ def packed_attention(
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary embedding, (tokens, heads, dim), with cos and sin of (tokens, rotated dimensions)."""
+    """Rotary embedding of (tokens, heads, dim) with what `kernels.turns` gives."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, own: torch.Tensor, others: torch.Tensor, partner: torch.Tensor
+    ) -> torch.Tensor:
         """Each head rotated by its position."""
-        ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin)
+        ctx.save_for_backward(own, others, partner)
+        return rotated(x, own, others, partner)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """The gradient rotated back."""
-        cos, sin = ctx.saved_tensors
-        return rotated(grad.contiguous(), cos, -sin), None, None
+        own, others, partner = ctx.saved_tensors
+        return rotated(grad.contiguous(), own, -others, partner), None, None, None
 
 
 class PackedAttention(Glm4MoeAttention):
@@ -182,8 +184,8 @@ class PackedAttention(Glm4MoeAttention):
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states)[0].unflatten(-1, (-1, self.head_dim)) for project in projections)
-        cos, sin = (x[0] for x in position_embeddings)
-        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        turn = turns(*(x[0] for x in position_embeddings), self.head_dim)
+        q, k = Rotate.apply(q, *turn), Rotate.apply(k, *turn)
         y = attend(q, k, v, ends, kwargs.get("max_length_q"), self.scaling)
         return self.o_proj(y.flatten(1).unsqueeze(0)), None
 

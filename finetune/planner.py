@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from course.language import marked, say, translated
 from finetune.config import AIR, ALL_GROUPS, active_parameters, lora_parameters, parameters
 from finetune.machine import CARDS, GIB, Machine, this_machine
@@ -33,7 +31,8 @@ class Recipe:
     Attributes:
         batch_size: samples of one optimizer step, over all processes and all accumulation steps.
         gradient_accumulation_steps: forward and backward passes that one optimizer step is split into.
-        gradient_checkpointing: keep each layer's input only, and compute the layer again in the backward pass.
+        gradient_checkpointing: keep each layer's input only, and compute the layer again in the backward pass. Ours
+            does so for batches of more than `Plan.free_tokens` tokens.
         baseline: as libraries do it unchanged: padded batches, all logits, peft's full-size update of the experts.
         recorded: replay the kernels of a pass as a CUDA graph (`finetune/recorded.py`).
     """
@@ -71,6 +70,9 @@ class Rows(Protocol):
     def held_out(self, rows: int) -> tuple[float, float]:
         """The same for so many rows of an evaluation."""
 
+    def passes(self, rows: float) -> Sequence[float]:
+        """Tokens of each pass over so many rows, in some order."""
+
     @property
     def longest(self) -> tuple[float, float]:
         """Tokens of the longest row, trained and held out; padding fills every row of a batch up to it."""
@@ -91,6 +93,10 @@ class AverageRows:
     def held_out(self, rows: int) -> tuple[float, float]:
         """Nothing."""
         return 0.0, 0.0
+
+    def passes(self, rows: float) -> Sequence[float]:
+        """One average pass."""
+        return [rows * self.mean_tokens]
 
     @property
     def longest(self) -> tuple[float, float]:
@@ -133,8 +139,8 @@ class RealRows:
         return sum(self.tokens) / len(self.tokens)
 
     def heaviest(self, rows: float) -> tuple[float, float]:
-        """Tokens and labels of a batch that one batch in a million exceeds at most."""
-        return most_in_batch(self.tokens, rows), most_in_batch(self.labels, rows)
+        """The longest rows together, because `packing.SimilarLengths` puts rows of similar length into one step."""
+        return sum_of_largest(self.tokens, max(1, round(rows))), sum_of_largest(self.labels, max(1, round(rows)))
 
     def held_out(self, rows: int) -> tuple[float, float]:
         """The longest held-out rows together: they are read in the order of the file, where they may be neighbours."""
@@ -142,24 +148,15 @@ class RealRows:
             return 0.0, 0.0
         return sum_of_largest(self.held_out_tokens, rows), sum_of_largest(self.held_out_labels, rows)
 
+    def passes(self, rows: float) -> Sequence[float]:
+        """Rows of similar length together, as they are trained; the last pass, which is not full, left out."""
+        sizes, step = sorted(self.tokens), max(1, round(rows))
+        return [float(sum(sizes[i : i + step])) for i in range(0, len(sizes) - step + 1, step)] or [float(sum(sizes))]
+
     @property
     def longest(self) -> tuple[float, float]:
         """Tokens of the longest row, trained and held out."""
         return max(self.tokens), max(self.held_out_tokens, default=0)
-
-
-def most_in_batch(sizes: Sequence[int], rows: float) -> float:
-    """How much a batch of so many rows drawn at random holds at most; one batch in a million may exceed it.
-
-    This is Chernoff's bound, which holds for rows of any lengths: a few very long ones among many short ones too.
-    """
-    count, longest = max(1, round(rows)), max(sizes)
-    below = np.asarray(sizes) / longest - 1  # how far each row is from the longest, as a share of it
-    bounds = [
-        count + (count * np.log(np.exp(slope * below).mean()) + np.log(1e6)) / slope
-        for slope in np.geomspace(0.01, 1e4)
-    ]
-    return min(sum_of_largest(sizes, count), longest * float(min(bounds)))
 
 
 def sum_of_largest(sizes: Sequence[int], count: int) -> float:
@@ -172,7 +169,8 @@ class Plan:
     """What a recipe needs on a machine. Sizes in GiB; `gpu` holds the terms of the fullest device.
 
     `on_this_host` of the `processes` run on this machine. `eval_batch_size` is how many rows a pass of the evaluation
-    reads at once on one device.
+    reads at once on one device. A pass of at most `free_tokens` tokens keeps all activations although the recipe has
+    checkpointing: they fit.
     """
 
     recipe: Recipe
@@ -185,6 +183,7 @@ class Plan:
     step_seconds: float
     steps: int
     eval_batch_size: int
+    free_tokens: int = 0
     advice: str = ""
 
     @property
@@ -224,6 +223,8 @@ class Plan:
             passes=self.recipe.gradient_accumulation_steps,
             how=say("with") if self.recipe.gradient_checkpointing else say("without"),
         )
+        if self.free_tokens:
+            first += say(" above {tokens:,} tokens", tokens=self.free_tokens)
         return "\n".join(
             [
                 first,
@@ -316,9 +317,8 @@ def memory(config: Any, recipe: Recipe, load: Load, gpus: int, processes: int) -
     """GiB on one device, term by term; without a GPU everything is float32."""
     count, size, four = parameters(config), 2 if gpus else 4, recipe.load_in_4bit
     trained = float(sum(lora_parameters(config, recipe.lora_rank, recipe.groups).values()))
-    hidden, inner, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
-    queries, layers, tokens = config.num_attention_heads * config.head_dim, config.num_hidden_layers, load.tokens
-    layer = size * config.n_routed_experts * 3 * hidden * inner  # the routed experts of one layer
+    hidden, layers, tokens = config.hidden_size, config.num_hidden_layers, load.tokens
+    layer = size * config.n_routed_experts * 3 * hidden * config.moe_intermediate_size  # a layer's routed experts
     weights = size * sum(count.values())
     if four:
         weights = NF4_BYTES * (count["routed"] + count["linear"]) + size * count["rest"]
@@ -329,13 +329,10 @@ def memory(config: Any, recipe: Recipe, load: Load, gpus: int, processes: int) -
         # Two layers at a time; what comes from other GPUs is held twice, as it arrives and as it is used.
         gathered = head + 4 * others + (2 if apart == processes else 4) * layer / apart
         weights, exchanged = weights / processes, 4 * size * tokens * apart * hidden * (apart > 1)
-    # A layer's own tensors for each token: what the routed rows, the heads and the hidden states keep while it is
-    # computed again and differentiated.
-    a_token = size * (k * (5 * hidden + 6 * inner) + 5 * queries + 8 * hidden)
+    a_token = size * layer_numbers(config)
     kept = size * tokens * layers * hidden
     if not recipe.gradient_checkpointing:
-        kept = size * tokens * layers * (k * (3 * hidden + 4 * inner) + 3 * queries + 4 * hidden)
-        kept += 2 * size * trained  # the factors in the type of the product
+        kept = size * tokens * layers * kept_numbers(config, recipe.baseline)
     whole_layer = layer if four or (recipe.baseline and "routed experts" in recipe.groups) else 0.0
     a_label = config.vocab_size * (size + 8)
     evaluation = max(a_token * load.held_out_tokens + whole_layer, a_label * load.held_out_labels)
@@ -345,8 +342,7 @@ def memory(config: Any, recipe: Recipe, load: Load, gpus: int, processes: int) -
     reduced = gradients if processes > 1 and four else 0  # the buffer in which the processes' gradients are summed
     # Checkpoints are used up while gradients come into being, so the larger of the two counts.
     working = max(a_token * tokens + exchanged + whole_layer, a_label * load.labels)
-    # Graphs keep the memory of a pass; a batch of a size that was not seen before, and an evaluation, need it again.
-    graphs = max(kept - gradients, 0) + working if recipe.recorded else 0.0
+    graphs = min(kept, gradients) if recipe.recorded else 0.0  # the gradients that they write to are always there
     return {
         marked("weights"): weights / GIB,
         marked("gathered layers"): gathered / GIB,
@@ -357,8 +353,45 @@ def memory(config: Any, recipe: Recipe, load: Load, gpus: int, processes: int) -
     }
 
 
-def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, processes: int) -> float:
-    """Seconds of one optimizer step; `tokens` is what one pass reads on one device."""
+def kept_numbers(config: Any, baseline: bool = False) -> float:
+    """How many numbers a layer keeps of a token for its backward pass, when it is not computed again.
+
+    Of the experts ours keep the first product only (`products.ExpertProducts`).
+    """
+    hidden, inner, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    experts = k * (3 * hidden + 4 * inner) if baseline else k * 2 * inner
+    return experts + 3 * config.num_attention_heads * config.head_dim + 5 * hidden
+
+
+def free_tokens(config: Any, recipe: Recipe, room: float, needed: dict[str, float], tokens: float) -> int:
+    """Of how many tokens a pass may be for its activations to fit without checkpointing, beside all else.
+
+    Args:
+        room: GiB that one device has. needed: `memory` of the recipe with checkpointing, for `tokens` of a pass.
+    """
+    if recipe.baseline or not recipe.gradient_checkpointing:
+        return 0
+    size = 2
+    a_token = size * config.num_hidden_layers * kept_numbers(config)
+    # What a checkpointed pass of `tokens` takes beside the weights is there for these activations; a working layer
+    # of the shorter pass is taken off again.
+    spare = (FULL * room - sum(needed.values()) + needed["activations"]) * GIB
+    layer = size * config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
+    working = layer_numbers(config) * size
+    fit = int((spare - (layer if recipe.load_in_4bit else 0)) / (a_token + working))
+    return max(0, min(fit, int(tokens))) if fit >= 128 else 0
+
+
+def layer_numbers(config: Any) -> float:
+    """How many numbers of a token a layer holds while it is differentiated: routed rows, heads, hidden states."""
+    hidden, inner, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    return k * (5 * hidden + 6 * inner) + 5 * config.num_attention_heads * config.head_dim + 8 * hidden
+
+
+def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, processes: int, free: int = 0) -> float:
+    """Seconds of one optimizer step; `tokens` is what one pass reads on one device, `free` as `Plan.free_tokens`."""
+    if tokens <= free:
+        recipe = replace(recipe, gradient_checkpointing=False)
     active, count, card = active_parameters(config), parameters(config), machine.rates()
     reads, four = 3 if recipe.gradient_checkpointing else 2, recipe.load_in_4bit
     compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE)
@@ -423,17 +456,21 @@ def plan(
     room = machine.gib_each if machine.gpus else machine.host_gib / here
     fitting = (size for size in EVAL_BATCH_SIZES if sum(needed(size).values()) <= FULL * room)
     eval_batch_size = next(fitting, EVAL_BATCH_SIZES[-1])
+    gpu = needed(eval_batch_size)
+    free = free_tokens(config, recipe, room, gpu, tokens) if machine.gpus else 0
+    passes = [step_seconds(config, recipe, read, machine, processes, free) for read in rows.passes(a_pass)]
     made = Plan(
         recipe=recipe,
         machine=machine,
         processes=processes,
         on_this_host=here,
         trained=trained,
-        gpu=needed(eval_batch_size),
+        gpu=gpu,
         checkpoint_gib=12 * sum(trained.values()) / GIB,
-        step_seconds=step_seconds(config, recipe, a_pass * rows.mean_tokens, machine, processes),
+        step_seconds=sum(passes) / len(passes),
         steps=recipe.steps(rows.count),
         eval_batch_size=eval_batch_size,
+        free_tokens=free,
     )
     if made.fits or not advise:
         return made

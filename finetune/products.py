@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from finetune.kernels import activated, activated_backward, summed
+from finetune.kernels import activated, activated_backward
 
 
 class Routing(NamedTuple):
@@ -39,7 +39,7 @@ class Routing(NamedTuple):
         on a GPU and not in a fixed order.
         """
         if self.dropped is None:
-            return summed(rows, self.slots)
+            return rows[self.slots.flatten()].view(*self.slots.shape, -1).sum(1)
         return F.embedding_bag(self.slots, rows, mode="sum", padding_idx=self.dropped)  # reads only what is here
 
 

@@ -7,7 +7,9 @@ reads lies at fixed addresses and has fixed sizes, so batches are filled up to a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,11 @@ from finetune.packing import pad_to
 
 #: Rows are filled up to a multiple of so many tokens; fewer would mean more graphs, more would mean more idle work.
 TOKENS = 128
+
+
+def size_of(tokens: int, step: int = TOKENS) -> int:
+    """To how many tokens a batch of so many is filled up; always more, so that a sample is added."""
+    return step * (tokens // step + 1)
 
 
 def filled(batch: dict[str, Any], step: int = TOKENS) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def filled(batch: dict[str, Any], step: int = TOKENS) -> dict[str, Any]:
         step: sizes are multiples of it.
     """
     tokens, kept = batch["input_ids"].shape[1], batch["logits_to_keep"].shape[0]
-    batch = pad_to(batch, step * (tokens // step + 1))
+    batch = pad_to(batch, size_of(tokens, step))
     more = -(-kept // step) * step - kept
     longest = -(-max(int(batch["max_length_q"]), int(batch["max_length_k"])) // step) * step
     return batch | {
@@ -39,6 +46,19 @@ def filled(batch: dict[str, Any], step: int = TOKENS) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def one_thread() -> torch.autograd.set_multithreading_enabled:
+    """The backward pass in the thread that asks for it; one of its own would take its memory elsewhere."""
+    return torch.autograd.set_multithreading_enabled(False)
+
+
+class Recorded(NamedTuple):
+    """One size: where its batches are put, its graph (None on a processor), and where the loss appears."""
+
+    held: dict[str, Any]
+    graph: torch.cuda.CUDAGraph | None
+    loss: torch.Tensor
 
 
 class RecordedSteps:
@@ -57,9 +77,9 @@ class RecordedSteps:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.seen: set[tuple[int, ...]] = set()
-        self.inputs: dict[tuple[int, ...], dict[str, Any]] = {}
-        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph | None, torch.Tensor]] = {}
-        self.pool: Any = None
+        self.graphs: dict[tuple[int, ...], Recorded] = {}
+        self.pool = torch.cuda.MemPool() if torch.cuda.is_available() else None
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def _compute(self, batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
         loss = self.model(**batch, num_items_in_batch=items, use_cache=False).loss
@@ -74,17 +94,29 @@ class RecordedSteps:
         for i in dropped:
             self.parameters[i].grad = self.gradients[i]
 
-    def _record(self, size: tuple[int, ...]) -> tuple[torch.cuda.CUDAGraph | None, torch.Tensor]:
-        held = self.inputs[size]
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Work in the memory of the recorded passes, beside which there may be none; its results have to be copied."""
+        if self.pool is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with one_thread(), torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _record(self, batch: dict[str, Any]) -> Recorded:
+        held = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
         if not held["input_ids"].is_cuda:
-            return None, torch.zeros(())
+            return Recorded(held, None, torch.zeros(()))
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with (
+            one_thread(),
+            torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream),
+        ):  # one replays at a time: they share it
             loss = self._compute({name: value for name, value in held.items() if name != "items"}, held["items"])
-        self.pool = graph.pool()  # all graphs share it: one replays at a time
-        return graph, loss
+        return Recorded(held, graph, loss)
 
     def __call__(self, batch: dict[str, Any], items: torch.Tensor | int) -> torch.Tensor:
         """Add the gradients of a batch, and return its loss.
@@ -100,14 +132,14 @@ class RecordedSteps:
         size += (batch["max_length_q"],)
         if size not in self.seen or (size not in self.graphs and len(self.graphs) >= self.most):
             self.seen.add(size)  # its kernels run once before they are recorded
-            return self._compute(batch, items)
+            with self.memory():
+                loss = self._compute(batch, items)
+            return loss.clone()  # the next pass writes over it
+        batch = batch | {"items": items}
         if size not in self.graphs:
-            self.inputs[size] = {
-                n: v.clone() if torch.is_tensor(v) else v for n, v in (batch | {"items": items}).items()
-            }
-            self.graphs[size] = self._record(size)
-        held, (graph, loss) = self.inputs[size], self.graphs[size]
-        for name, value in (batch | {"items": items}).items():
+            self.graphs[size] = self._record(batch)
+        held, graph, loss = self.graphs[size]
+        for name, value in batch.items():
             if torch.is_tensor(value):
                 held[name].copy_(value)
         if graph is None:

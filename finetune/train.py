@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -27,7 +28,7 @@ from finetune.experts import keep_unpacked
 from finetune.machine import this_machine
 from finetune.model import load_model
 from finetune.packing import PackedRows, SimilarLengths, pad_to
-from finetune.recorded import RecordedSteps
+from finetune.recorded import RecordedSteps, size_of
 
 EXPERIMENT = {"project": "glm-4.5-air-lora", "experiment_name": "huanhuan"}
 WARMUP = 0.05  # of the steps
@@ -106,7 +107,9 @@ class ShardedTrainer(Trainer):
         arguments.save_only_model = self.sharded
         super().__init__(*args, **kwargs)
         arguments.save_only_model = False
-        keep_unpacked(self.model, bool(arguments.activation_checkpointing))
+        self.free_tokens = 0
+        self.recomputes = bool(arguments.activation_checkpointing)
+        keep_unpacked(self.model, self.recomputes)
         self.recorded: RecordedSteps | None = None
 
     def record_steps(self) -> None:
@@ -121,6 +124,14 @@ class ShardedTrainer(Trainer):
         self.recorded.model = model  # with what `Trainer` has put around it: bf16
         return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, None, None]:
+        """`Trainer`'s; only the loss is asked for."""
+        if self.recorded is None:
+            return super().prediction_step(*args, **kwargs)
+        with self.recorded.memory():
+            loss = super().prediction_step(*args, **kwargs)[0]
+        return (loss if loss is None else loss.clone()), None, None
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         """Notebook 05's order of the rows: those of one step are of similar length."""
         arguments, lengths = self.args, [len(row["input_ids"]) for row in self.train_dataset]
@@ -130,10 +141,25 @@ class ShardedTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on its device; where processes exchange tokens, as long as the longest of all processes."""
         batch = super()._prepare_inputs(inputs)
-        if not self.sharded or "cu_seq_lens_q" not in batch:
+        if "cu_seq_lens_q" not in batch:
             return batch
-        ids = batch["input_ids"]
-        return pad_to(batch, parallel.longest_of_all(ids.shape[1], ids.device))
+        if self.sharded:
+            ids = batch["input_ids"]
+            batch = pad_to(batch, parallel.longest_of_all(ids.shape[1], ids.device))
+        if self.model.training and self.args.activation_checkpointing:
+            tokens = batch["input_ids"].shape[1]
+            self.recompute(tokens > self.free_tokens if self.recorded is None else size_of(tokens) > self.free_tokens)
+        return batch
+
+    def recompute(self, yes: bool) -> None:
+        """Whether the layers of the next pass are computed again in its backward pass; where they fit they are not."""
+        if yes == self.recomputes:
+            return
+        self.recomputes = yes
+        keep_unpacked(self.model, yes)
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = yes
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Left to itself, peft gathers every weight of the base model, 199 GiB, and then throws it away.
@@ -288,6 +314,7 @@ def train(options: Options) -> Trainer:
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Progress(), *swanlab_callback(course, recorded)],
     )
+    trainer.free_tokens = min(resume.in_every_process(plan.free_tokens))
     trainer.remove_callback(PrinterCallback)
     if plan.recipe.recorded:
         trainer.record_steps()
