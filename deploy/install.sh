@@ -35,7 +35,7 @@ locked() { # exactly those of a lock file, each file compared with its hash
 }
 
 packages() {
-    debian ca-certificates make python3 python3-venv tini
+    debian ca-certificates libgomp1 make python3 python3-venv tini # libgomp1: for llama.cpp in notebook 09
     python3 -m venv "$COURSE/.venv"
     locked "$SOURCE/requirements.lock"
     python -r "$SOURCE/requirements.txt" # torch, whose build pip chooses: requirements.lock says why
