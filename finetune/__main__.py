@@ -96,8 +96,9 @@ def parser() -> Parser:
         one.add_argument("--epochs", type=int, help="2 for a small model, 3 for a large one; more to make 60 steps")
         one.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever the epochs")
         one.add_argument("--learning-rate", type=float, help="4e-3 for a small model, 1e-4 for a large one")
-        one.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="for a large model")
-        one.add_argument("--recorded-steps", action="store_true", help="one GPU: replay each step as a CUDA graph")
+        flag = {"action": argparse.BooleanOptionalAction}
+        one.add_argument("--gradient-checkpointing", **flag, help="for a large model, in batches that need it")
+        one.add_argument("--recorded-steps", **flag, help="a CUDA graph a step, for up to 32 samples on one GPU")
         one.add_argument("--save-steps", type=int, default=50)
         one.add_argument("--seed", type=int, default=42)
     one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
@@ -137,9 +138,9 @@ def options_of(chosen: argparse.Namespace) -> object:
         groups=("attention",) if chosen.attention_only else ALL_GROUPS,
         load_in_4bit=chosen.load_in_4bit,
         max_steps=chosen.max_steps,
-        recorded=chosen.recorded_steps,
     )
-    given = {name: getattr(chosen, name) for name in ("epochs", "gradient_checkpointing", "learning_rate")}
+    names = ("epochs", "gradient_checkpointing", "recorded_steps", "learning_rate")
+    given = {name: getattr(chosen, name) for name in names}
     return Options(recipe, **given, save_steps=chosen.save_steps, seed=chosen.seed)
 
 

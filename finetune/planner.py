@@ -31,8 +31,8 @@ class Recipe:
     Attributes:
         batch_size: samples of one optimizer step, over all processes and all accumulation steps.
         gradient_accumulation_steps: forward and backward passes that one optimizer step is split into.
-        gradient_checkpointing: keep each layer's input only, and compute the layer again in the backward pass. Ours
-            does so for batches of more than `Plan.free_tokens` tokens.
+        gradient_checkpointing: keep each layer's input only, and compute the layer again in the backward pass.
+        keep_what_fits: do so only for passes of more than `Plan.free_tokens` tokens.
         baseline: as libraries do it unchanged: padded batches, all logits, peft's full-size update of the experts.
         recorded: replay the kernels of a pass as a CUDA graph (`finetune/recorded.py`).
     """
@@ -43,6 +43,7 @@ class Recipe:
     groups: tuple[str, ...] = ALL_GROUPS
     load_in_4bit: bool = False
     gradient_checkpointing: bool = True
+    keep_what_fits: bool = False
     epochs: int = 3
     max_steps: int = -1
     baseline: bool = False
@@ -297,10 +298,11 @@ class Plan:
 # ---------------------------------------------------------------------------------------------- memory and time
 
 #: Seconds of a processor to launch the kernels of one layer, forward and backward, by (4-bit, checkpointing). Measured.
-LAUNCH = {(False, True): 0.0215, (False, False): 0.0115, (True, True): 0.0310, (True, False): 0.0200}
+LAUNCH = {(False, True): 0.0215, (False, False): 0.0115, (True, True): 0.0310, (True, False): 0.0176}
 LAUNCH_PARALLEL = {True: 0.0367, False: 0.0270}  # several GPUs that share the experts out, by checkpointing
 LAUNCH_BASELINE = 0.0430  # with peft's full-size update of the experts
-MATRIX_SHARE, COPY_SHARE = 0.35, 0.53  # of the measured rates of a card that a step reaches; fitted
+#: Of the measured rates of a card that a step reaches, in bf16 and in 4 bits; fitted.
+MATRIX_SHARE, COPY_SHARE = {False: 0.35, True: 0.66}, {False: 0.53, True: 0.39}
 
 
 @dataclass(frozen=True)
@@ -363,23 +365,22 @@ def kept_numbers(config: Any, baseline: bool = False) -> float:
     return experts + 3 * config.num_attention_heads * config.head_dim + 5 * hidden
 
 
-def free_tokens(config: Any, recipe: Recipe, room: float, needed: dict[str, float], tokens: float) -> int:
+def free_tokens(config: Any, recipe: Recipe, room: float, needed: dict[str, float]) -> int:
     """Of how many tokens a pass may be for its activations to fit without checkpointing, beside all else.
 
     Args:
-        room: GiB that one device has. needed: `memory` of the recipe with checkpointing, for `tokens` of a pass.
+        room: GiB that one device has. needed: `memory` of the recipe with checkpointing.
     """
-    if recipe.baseline or not recipe.gradient_checkpointing:
+    if recipe.baseline or not (recipe.gradient_checkpointing and recipe.keep_what_fits):
         return 0
     size = 2
     a_token = size * config.num_hidden_layers * kept_numbers(config)
-    # What a checkpointed pass of `tokens` takes beside the weights is there for these activations; a working layer
-    # of the shorter pass is taken off again.
+    # What the heaviest pass, with checkpointing, takes beside the weights is there for these activations.
     spare = (FULL * room - sum(needed.values()) + needed["activations"]) * GIB
     layer = size * config.n_routed_experts * 3 * config.hidden_size * config.moe_intermediate_size
     working = layer_numbers(config) * size
     fit = int((spare - (layer if recipe.load_in_4bit else 0)) / (a_token + working))
-    return max(0, min(fit, int(tokens))) if fit >= 128 else 0
+    return fit if fit >= 128 else 0  # fewer tokens than that has hardly a batch
 
 
 def layer_numbers(config: Any) -> float:
@@ -394,7 +395,7 @@ def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, p
         recipe = replace(recipe, gradient_checkpointing=False)
     active, count, card = active_parameters(config), parameters(config), machine.rates()
     reads, four = 3 if recipe.gradient_checkpointing else 2, recipe.load_in_4bit
-    compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE)
+    compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE[four])
     shared = processes > 1 and not four
     apart = expert_parallel_size(config, processes) if shared else 1
     moved = 2.0 * reads * (count["routed"] / apart + count["linear"])
@@ -406,7 +407,7 @@ def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, p
         gathered = count["linear"] + count["rest"] + (count["routed"] / apart if replicas > 1 else 0)
         gather = 2 * 2 * gathered * (processes - 1) / processes / (card.link * 1e12)
         moved += 2 * 2 * 2 * count["routed"] / apart  # FSDP2 copies a layer before each use, forward and backward
-    work = compute + moved / (card.copies * 1e12 * COPY_SHARE)
+    work = compute + moved / (card.copies * 1e12 * COPY_SHARE[four])
     if apart > 1:  # all-gather and reduce-scatter of tokens: forward, again if checkpointed, and backward
         rows = 2 * reads * tokens * (apart - 1) * (config.num_hidden_layers - config.first_k_dense_replace)
         work += 2 * rows * config.hidden_size / (card.link * 1e12)
@@ -457,7 +458,7 @@ def plan(
     fitting = (size for size in EVAL_BATCH_SIZES if sum(needed(size).values()) <= FULL * room)
     eval_batch_size = next(fitting, EVAL_BATCH_SIZES[-1])
     gpu = needed(eval_batch_size)
-    free = free_tokens(config, recipe, room, gpu, tokens) if machine.gpus else 0
+    free = free_tokens(config, recipe, room, gpu) if machine.gpus else 0
     passes = [step_seconds(config, recipe, read, machine, processes, free) for read in rows.passes(a_pass)]
     made = Plan(
         recipe=recipe,

@@ -47,6 +47,7 @@ class Experts(Protocol):
     """What the products ask of the layer."""
 
     keep_unpacked: bool
+    packed: dict[str, Any]
 
     def read(self, name: str) -> torch.Tensor:
         """The fused tensor (experts, out, in), unpacked if it is stored in 4 bits."""
@@ -133,7 +134,7 @@ class ExpertProducts(torch.autograd.Function):
         y, narrow_down = project(activated(h, weights), down, second and second.prepared(down), routing.ends)
         ctx.layer, ctx.dropped, ctx.scales = layer, routing.dropped, scales
         # Saved as tensors, so that a layer to be computed again does not keep them after its first forward pass.
-        kept = (gate_up, down) if layer.keep_unpacked else (None, None)
+        kept = (gate_up, down) if layer.keep_unpacked or not layer.packed else (None, None)
         ctx.save_for_backward(hidden, weights, h, narrow, narrow_down, *routing[:3], *kept, *factors)
         return routing.sums(y).to(hidden.dtype)
 

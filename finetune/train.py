@@ -33,7 +33,15 @@ from finetune.recorded import RecordedSteps, size_of
 EXPERIMENT = {"project": "glm-4.5-air-lora", "experiment_name": "huanhuan"}
 WARMUP = 0.05  # of the steps
 SCHEDULER = "cosine"
-NOT_OF_THE_SCHEDULE = ("gradient_checkpointing", "recorded")  # a run may go on with other values of these
+NOT_OF_THE_SCHEDULE = (
+    "gradient_checkpointing",
+    "keep_what_fits",
+    "recorded",
+)  # a run may go on with other values of these
+
+
+#: Up to so many samples a pass are recorded as a CUDA graph if that fits; with more there is less to gain.
+RECORDED_BELOW = 32
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Options:
     recipe: planner.Recipe
     epochs: int | None = None
     gradient_checkpointing: bool | None = None
+    recorded_steps: bool | None = None
     learning_rate: float | None = None
     save_steps: int = 50
     seed: int = 42
@@ -56,6 +65,8 @@ def completed(options: Options, config: Any, rows: int) -> planner.Recipe:
         options.recipe,
         epochs=options.epochs or max(passes, -(-60 // -(-rows // options.recipe.batch_size))),
         gradient_checkpointing=not is_small(config) if checkpointing is None else checkpointing,
+        keep_what_fits=checkpointing is None and not is_small(config),
+        recorded=bool(options.recorded_steps),
     )
 
 
@@ -73,15 +84,14 @@ def make_plan(options: Options, parts: dict[str, Any] | None = None) -> planner.
     if parts:
         held_out = {name: part for name, part in parts.items() if name != "train"}
         rows = planner.RealRows.of(parts["train"], held_out)
-    started = parallel.launched()
-    return planner.plan(
-        config,
-        completed(options, config, rows.count),
-        rows,
-        this_machine(course.output),
-        started.processes,
-        started.on_this_host,
-    )
+    started, recipe, machine = parallel.launched(), completed(options, config, rows.count), this_machine(course.output)
+    where = machine, started.processes, started.on_this_host
+    made = planner.plan(config, recipe, rows, *where)
+    few = recipe.batch_size <= RECORDED_BELOW * recipe.gradient_accumulation_steps
+    if options.recorded_steps is None and few and made.fits and on_one_gpu(made) and not is_small(config):
+        recorded = planner.plan(config, replace(recipe, recorded=True), rows, *where)
+        made = recorded if recorded.fits else made
+    return made
 
 
 def tokenized(course: utils.Settings) -> dict[str, Any]:
@@ -253,10 +263,15 @@ def require_even_shares(recipe: planner.Recipe, processes: int) -> None:
         )
 
 
+def on_one_gpu(plan: planner.Plan) -> bool:
+    """Whether one process has the whole model on one GPU."""
+    whole = plan.machine.gpus == 1 or (plan.machine.gpus > 1 and plan.recipe.load_in_4bit)
+    return whole and plan.processes == 1
+
+
 def require_one_gpu(plan: planner.Plan) -> None:
     """Raise a CourseError if steps are to be recorded and the model will not be whole on one GPU."""
-    whole = plan.machine.gpus == 1 or (plan.machine.gpus > 1 and plan.recipe.load_in_4bit)
-    if plan.recipe.recorded and not (whole and plan.processes == 1):
+    if plan.recipe.recorded and not on_one_gpu(plan):
         raise utils.CourseError(
             say("--recorded-steps wants one process and the whole model on one GPU. Leave it out here.")
         )

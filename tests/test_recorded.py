@@ -151,6 +151,8 @@ def test_the_plan_counts_the_graphs_and_no_launches():
     plain, recorded = (
         planner.plan(recipe=planner.Recipe(load_in_4bit=True, recorded=one), **how) for one in (False, True)
     )
-    assert recorded.gpu["recorded steps"] == pytest.approx(plain.gpu["activations"])
+    gradients = 4 * sum(plain.trained.values()) / 2**30
+    # What a plain pass puts into the place of gradients that are not there yet.
+    assert 0 < recorded.gpu["recorded steps"] <= gradients
     assert plain.gpu["recorded steps"] == 0
     assert recorded.step_seconds < 0.75 * plain.step_seconds
