@@ -42,8 +42,9 @@ while [ "$folders" -gt 0 ]; do
 done
 
 say "the image"
-# Docker's format, for that of OCI has no health check.
-buildah bud --format docker --layers --network host --file "$COURSE/deploy/Dockerfile" --tag "$IMAGE" \
+# Docker's format, for that of OCI has no health check. No cached layers: Buildah 1.28 takes an old one although a file
+# that the step mounts has changed.
+buildah bud --format docker --layers=false --network host --file "$COURSE/deploy/Dockerfile" --tag "$IMAGE" \
     --build-arg BASE="$BASE" --build-arg DEVICE="${COURSE_DEVICE:-cpu}" --secret id=pip,src="$WORK/pip.conf" \
     --volume "/etc/ssl/certs/ca-certificates.crt:$CERTIFICATES:ro" "$@" "$COURSE"
 say "$(podman image inspect --format '{{.Size}}' "$IMAGE" | numfmt --to=si --suffix=B) in all: $IMAGE"
