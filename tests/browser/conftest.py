@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import nbformat
 import pytest
 import run_nbval
 import secret_scan
@@ -51,6 +52,8 @@ class Sheet:
     """A notebook open in a page of its own, with what the page complained of and whom it asked.
 
     Attributes:
+        language: that of the series it belongs to.
+        stored: the notebook as it was before it ran.
         troubles: errors of the console, uncaught exceptions and dialogs.
         asked: the addresses of all requests.
     """
@@ -58,16 +61,19 @@ class Sheet:
     name: str
     lab: Lab
     page: Page
+    language: str = "en"
+    stored: nbformat.NotebookNode = field(init=False)
     troubles: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> str:
         """As JupyterLab names it."""
-        return f"notebooks/en/{self.name}.ipynb"
+        return f"notebooks/{self.language}/{self.name}.ipynb"
 
     def open(self) -> None:
         """Open the notebook and wait for its kernel."""
+        self.stored = nbformat.read(self.lab.root / self.path, as_version=4)
         self.page.on("console", lambda said: self.troubles.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("dialog", self._refuse)
@@ -110,7 +116,7 @@ class Sheet:
         for number, top in enumerate(range(0, height, part - 150), 1):
             self.page.locator(".jp-Notebook .jp-WindowedPanel-outer").evaluate("(e, top) => e.scrollTop = top", top)
             self.page.wait_for_timeout(300)
-            self.page.screenshot(path=PICTURES / f"{self.name}-{label}-{number}.png")
+            self.page.screenshot(path=PICTURES / f"{self.name}-{self.language}-{label}-{number}.png")
         self.page.set_viewport_size({"width": 1280, "height": 900})
 
     def close(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import nbformat
 import pytest
 from conftest import Lab, Sheet
 from playwright.sync_api import BrowserContext, Page, expect
+
+from course.language import LANGUAGES, say_in
 
 MARKUP = '<img src="x" onerror="window.harmed = 1"><script>window.harmed = 2</script><b class="harm">bold</b> $\\alpha$'
 SETUP = f"""
@@ -42,23 +45,24 @@ WRONG_WAYS = {
 class Shown:
     """A notebook of its own with a cell for each way; every chat box in it was asked with markup."""
 
-    def __init__(self, name: str, ways: dict[str, str], lab: Lab, page: Page) -> None:
+    def __init__(self, name: str, ways: dict[str, str], lab: Lab, page: Page, language: str = "en") -> None:
         cells = [nbformat.v4.new_code_cell(source) for source in (SETUP, *ways.values())]
         notebook = nbformat.v4.new_notebook(cells=cells)
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-        nbformat.write(notebook, lab.root / "notebooks" / "en" / f"{name}.ipynb")
-        self.sheet = Sheet(name, lab, page)
+        nbformat.write(notebook, lab.root / "notebooks" / language / f"{name}.ipynb")
+        self.sheet, told = Sheet(name, lab, page, language), partial(say_in, language)
         self.sheet.open()
         self.sheet.run_all()
         self.cells = dict(zip(ways, page.locator(".jp-CodeCell").all()[1:], strict=True))
         for way, source in ways.items():
             if "chat_box" in source:
                 cell = self.cells[way]
-                cell.get_by_label("Question").fill(MARKUP)
-                cell.get_by_label("show the template's text").check()
-                ask = cell.get_by_role("button", name="Ask")
+                cell.get_by_label(told("Question")).fill(MARKUP)
+                cell.get_by_label(told("show the template's text")).check()
+                ask = cell.get_by_role("button", name=told("Ask"))
                 ask.click()
-                expect(cell.get_by_title("answer of the")).to_have_count(2)
+                for model in ("base", "adapter"):
+                    expect(cell.get_by_title(told("answer of the {name}", name=told(model)))).to_have_count(1)
                 expect(ask).to_be_enabled()
 
     def harm(self, way: str) -> list[str]:
@@ -70,9 +74,9 @@ class Shown:
         return found + [trouble for trouble in self.sheet.troubles if trouble.startswith("dialog")]
 
 
-@pytest.fixture(scope="module")
-def shown(lab: Lab, context: Callable[[], BrowserContext]) -> Iterator[Shown]:
-    shown = Shown("markup", WAYS, lab, context().new_page())
+@pytest.fixture(scope="module", params=LANGUAGES)
+def shown(request: pytest.FixtureRequest, lab: Lab, context: Callable[[], BrowserContext]) -> Iterator[Shown]:
+    shown = Shown("markup", WAYS, lab, context().new_page(), request.param)
     yield shown
     shown.sheet.close()
 
