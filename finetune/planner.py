@@ -8,17 +8,19 @@ guess for others, and for more than two GPUs; the text of a plan says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from course.language import marked, say, translated
 from finetune.config import AIR, ALL_GROUPS, active_parameters, lora_parameters, parameters
+from finetune.lengths import ROLE_PLAY, AverageRows, RealRows, Rows
 from finetune.machine import CARDS, GIB, Machine, this_machine
 from finetune.parallel import expert_parallel_size
 from finetune.quantize import NF4_BYTES
 from utils import CourseError
+
+__all__ = ["ROLE_PLAY", "AverageRows", "Plan", "RealRows", "Recipe", "Rows", "plan"]
 
 FULL = 0.97  # of a device's memory that a plan may take
 EVAL_BATCH_SIZES = (40, 20, 10, 5, 2, 1)  # rows that an evaluation may read at once; the first that fits is taken
@@ -52,117 +54,6 @@ class Recipe:
     def steps(self, rows: int) -> int:
         """Optimizer steps over so many rows; the last step of an epoch is filled up."""
         return self.max_steps if self.max_steps > 0 else self.epochs * -(-rows // self.batch_size)
-
-
-class Rows(Protocol):
-    """How long the rows of a run are. Tokens are what a pass reads; labels are those that count in the loss."""
-
-    @property
-    def count(self) -> int:
-        """Training rows."""
-
-    @property
-    def mean_tokens(self) -> float:
-        """Tokens of a row, on average."""
-
-    def heaviest(self, rows: float) -> tuple[float, float]:
-        """Tokens and labels that a batch of so many rows may hold at most."""
-
-    def held_out(self, rows: int) -> tuple[float, float]:
-        """The same for so many rows of an evaluation."""
-
-    def passes(self, rows: float) -> Sequence[float]:
-        """Tokens of each pass over so many rows, in some order."""
-
-    @property
-    def longest(self) -> tuple[float, float]:
-        """Tokens of the longest row, trained and held out; padding fills every row of a batch up to it."""
-
-
-@dataclass(frozen=True)
-class AverageRows:
-    """Rows of which only the average is known; no evaluation is planned for."""
-
-    count: int = 3729
-    mean_tokens: float = 60.6
-    label_share: float = 0.33
-
-    def heaviest(self, rows: float) -> tuple[float, float]:
-        """Tokens and labels of an average batch."""
-        return rows * self.mean_tokens, rows * self.mean_tokens * self.label_share
-
-    def held_out(self, rows: int) -> tuple[float, float]:
-        """Nothing."""
-        return 0.0, 0.0
-
-    def passes(self, rows: float) -> Sequence[float]:
-        """One average pass."""
-        return [rows * self.mean_tokens]
-
-    @property
-    def longest(self) -> tuple[float, float]:
-        """The average again."""
-        return self.mean_tokens, 0.0
-
-
-#: The lengths of the role-play rows in `benchmarks/lengths.json`.
-ROLE_PLAY = AverageRows()
-
-
-@dataclass(frozen=True)
-class RealRows:
-    """Tokens and labels of each training row and of each held-out row."""
-
-    tokens: Sequence[int]
-    labels: Sequence[int]
-    held_out_tokens: Sequence[int] = ()
-    held_out_labels: Sequence[int] = ()
-
-    @classmethod
-    def of(cls, train: Any, held_out: dict[str, Any]) -> RealRows:
-        """The lengths of data sets with the columns `input_ids` and `labels`, as notebook 04 saves them."""
-
-        def count(rows: Any) -> tuple[list[int], list[int]]:
-            return list(map(len, rows["input_ids"])), [sum(i != -100 for i in labels) for labels in rows["labels"]]
-
-        parts = list(map(count, held_out.values()))
-        held = [[size for part in parts for size in part[kind]] for kind in (0, 1)]
-        return cls(*count(train), *held)
-
-    @property
-    def count(self) -> int:
-        """Training rows."""
-        return len(self.tokens)
-
-    @property
-    def mean_tokens(self) -> float:
-        """Tokens of a row, on average."""
-        return sum(self.tokens) / len(self.tokens)
-
-    def heaviest(self, rows: float) -> tuple[float, float]:
-        """The longest rows together, because `packing.SimilarLengths` puts rows of similar length into one step."""
-        return sum_of_largest(self.tokens, max(1, round(rows))), sum_of_largest(self.labels, max(1, round(rows)))
-
-    def held_out(self, rows: int) -> tuple[float, float]:
-        """The longest held-out rows together: they are read in the order of the file, where they may be neighbours."""
-        if not self.held_out_tokens:
-            return 0.0, 0.0
-        return sum_of_largest(self.held_out_tokens, rows), sum_of_largest(self.held_out_labels, rows)
-
-    def passes(self, rows: float) -> Sequence[float]:
-        """Rows of similar length together, as they are trained; the last pass, which is not full, left out."""
-        sizes, step = sorted(self.tokens), max(1, round(rows))
-        return [float(sum(sizes[i : i + step])) for i in range(0, len(sizes) - step + 1, step)] or [float(sum(sizes))]
-
-    @property
-    def longest(self) -> tuple[float, float]:
-        """Tokens of the longest row, trained and held out."""
-        return max(self.tokens), max(self.held_out_tokens, default=0)
-
-
-def sum_of_largest(sizes: Sequence[int], count: int) -> float:
-    """How much the largest rows hold together; with too few rows the longest is counted again."""
-    return float(sum(sorted(sizes, reverse=True)[:count]) + max(0, count - len(sizes)) * max(sizes))
 
 
 @dataclass(frozen=True)
