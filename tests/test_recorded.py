@@ -155,4 +155,4 @@ def test_the_plan_counts_the_graphs_and_no_launches():
     # What a plain pass puts into the place of gradients that are not there yet.
     assert 0 < recorded.gpu["recorded steps"] <= gradients
     assert plain.gpu["recorded steps"] == 0
-    assert recorded.step_seconds < 0.75 * plain.step_seconds
+    assert recorded.step_seconds < 0.85 * plain.step_seconds
