@@ -50,7 +50,7 @@ course() { # root owns the sources: a learner reads them, and writes in a folder
     [ -x "$COURSE/.venv/bin/python" ] || fail "run 'install.sh packages' first"
     [ "$SOURCE" != "$COURSE" ] || fail "these sources lie in $COURSE, where they would be replaced. Put them elsewhere."
     find "$COURSE" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
-    tar -C "$SOURCE" --exclude=./.git --exclude=./.venv --exclude=./output --exclude=./.hypothesis --exclude=./.carry \
+    tar -C "$SOURCE" --exclude=./.git --exclude=./.ci --exclude=./.venv --exclude=./output --exclude=./.hypothesis --exclude=./.carry \
         --exclude='./.*_cache' --exclude=__pycache__ --exclude=.ipynb_checkpoints \
         --mode=u=rwX,go=rX --owner=0 --group=0 -cf - . |
         tar -C "$COURSE" -xpf -
