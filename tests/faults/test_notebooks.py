@@ -301,7 +301,7 @@ def test_two_at_once_with_an_output_each_do_not_meet(right, tmp_path, fault):
     )
 
 
-@pytest.mark.parametrize("moment", ["@interact", "parts, cut = {}, []"])
+@pytest.mark.parametrize("moment", ["@widgets.interact", "parts, cut = {}, []"])
 def test_rows_of_another_run_that_come_in_the_middle_are_refused(right, output, moment, fault):
     """One learner is in the middle of 04 when another, with the same output folder and other data, runs 03."""
     with opened("04_chat_template", output) as first:
