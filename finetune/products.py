@@ -2,8 +2,8 @@
 
 Left to itself, autograd keeps for the backward pass every tensor between two operations: the permuted rows, the gate,
 its activation, the weighted rows, and weights that were unpacked from 4 bits. Here it keeps the hidden states and the
-first product, and computes the rest again, which costs less time than reading it from memory would. So at few samples
-a step the activations of all layers fit beside the weights, and no layer has to be computed twice.
+first product, and computes the rest again. So at few samples a step the activations of all layers fit beside the
+weights, and no layer has to be computed twice.
 """
 
 from __future__ import annotations
