@@ -4,10 +4,19 @@ Run after `tools/run_nbval.py notebooks/en`, whose adapter in `output/test` is u
 """
 
 import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
 import utils
 from course import llama
@@ -78,6 +87,30 @@ def ask(server, persona, questions):
     return found
 
 
+@contextmanager
+def transformers_serve(model, log):
+    """A running `transformers serve` that answers with thinking off; yields its address."""
+    url = f"http://{llama.HOST}:{(port := llama.free_port())}"
+    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--host", llama.HOST, "--port", port]
+    command += ["--device", "cpu", "--dtype", "float32", "--chat-template-kwargs", '{"enable_thinking": false}']
+    with log.open("w") as said:
+        server = subprocess.Popen(
+            list(map(str, command)), stdout=said, stderr=said, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
+    try:
+        for _ in range(240):
+            assert server.poll() is None, log.read_text()[-2000:]
+            try:
+                urlopen(f"{url}/health", timeout=5).close()
+                break
+            except (URLError, OSError):
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
 def equal(found, expected):
     return sum(one == other for one, other in zip(found, expected, strict=True))
 
@@ -113,6 +146,28 @@ def test_the_merged_checkpoint_gives_the_answers_of_peft(persona, questions, exp
     found = equal([other.answer(question, LONGEST) for question in questions], expected)
     print(f"merged, bf16: {found} of {len(questions)}")
     assert found >= 40  # the stored weights are rounded to bf16
+
+
+def test_transformers_serve_gives_the_answers_of_transformers(persona, questions, folder, tmp_path):
+    """The same merged checkpoint, in float32 both times."""
+    merged = str(folder / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    expected, found = [], []
+    with transformers_serve(merged, tmp_path / "serve.log") as url:
+        for question in questions:
+            turns = [{"role": "system", "content": persona.system}, {"role": "user", "content": question}]
+            body = {"model": merged, "messages": turns, "max_tokens": LONGEST, "temperature": 0}
+            request = Request(
+                f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urlopen(request, timeout=120) as answer:
+                found.append(json.load(answer)["choices"][0]["message"]["content"].strip())
+            how = {"add_generation_prompt": True, "enable_thinking": False, "return_tensors": "pt", "return_dict": True}
+            inputs = persona.tokenizer.apply_chat_template(turns, **how)
+            ids = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            expected.append(persona.tokenizer.decode(ids, skip_special_tokens=True).strip())
+    print(f"transformers serve: {equal(found, expected)} of {len(questions)}")
+    assert found == expected
 
 
 def test_the_adapters_scale_is_part_of_what_is_compared(persona, questions, expected, folder):
