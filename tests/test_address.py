@@ -1,6 +1,7 @@
 """What depends on the project's public address: the first cells, the links to services, the READMEs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -105,7 +106,8 @@ def first_cell(folder, at="", **environment):
     """What the lines that find the project come to in a folder: their output, and what was found."""
     source = "import sys\nfrom pathlib import Path\n\nfrom IPython.core.error import UsageError\n\n" + address.block(at)
     command = [sys.executable, "-P", "-c", SHOWN, json.dumps(source)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment or None)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=clean | environment)
     said, _, found = (done.stdout + done.stderr).partition("FOUND ")
     return said + found.partition("\n")[2], found.partition("\n")[0]
 
