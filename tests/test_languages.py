@@ -279,7 +279,7 @@ def test_a_table_has_its_glosses_below_each_row_in_english_alone(monkeypatch, ca
 def test_a_notebook_shows_a_table_with_chinese_as_html(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
-    monkeypatch.setattr(utils, "_shell", lambda: "a notebook's")
+    monkeypatch.setattr("course.cells.shell", lambda: "a notebook's")
     monkeypatch.chdir(languages.EN)
     utils.table([("<b>", 1)], ("sign", "n"))
     assert not shown and "<b>" in capsys.readouterr().out

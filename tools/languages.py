@@ -38,6 +38,7 @@ MADE = {"header", "footer"}  # tags of the cells that headers.py writes
 #: The modules whose functions speak to a learner.
 HELPERS = (
     "utils.py",
+    "course/cells.py",
     "course/download.py",
     "course/llama.py",
     "course/model_folder.py",
