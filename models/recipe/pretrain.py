@@ -11,8 +11,9 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,8 +60,8 @@ def batches(groups: dict[str, list[np.ndarray]], size: int, device: str) -> Iter
             yield torch.from_numpy(epoch[start : start + size].astype(np.int64)).to(device)
 
 
-def main() -> None:
-    """Run the whole pre-training and write its results."""
+def read_options() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("tokenizer", type=Path)
@@ -73,14 +74,11 @@ def main() -> None:
     parser.add_argument("--own", type=float, default=1.0, help="how often our own conversations are read in an epoch")
     parser.add_argument("--modern", type=float, default=1.5, help="how often modern prose is read in an epoch")
     parser.add_argument("--floor", type=float, default=1.0, help="share of the rate at the end; 1 leaves it constant")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
+    return parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    WEIGHTS.update(own=options.own, modern=options.modern)
-    data = corpus.load(options.corpus)
+
+def texts_by_group(options: argparse.Namespace, data: Any, tokenizer: Any) -> dict[str, list[str]]:
+    """Every text to train on, by the name of its group; conversations are rendered by the chat template."""
     prose = [path.read_text(encoding="utf-8") for path in sorted((options.chat.parent / "prose").glob("*.txt"))]
     data.train["modern"] += [piece for text in prose for piece in text.split("\n\n") if piece.strip()]
     plain = {name: [text + "<|endoftext|>" for text in texts] for name, texts in data.train.items()}
@@ -91,22 +89,28 @@ def main() -> None:
     found = sources(options.chat, options.heldout)
     hold_out(found)
     talks["own"] = [render(tokenizer, sample) for samples in found.values() for sample in samples]
-    groups = {name: encode(tokenizer, texts) for name, texts in (plain | talks).items()}
-    sizes = {
-        name: {"documents": len(texts), "characters": sum(map(len, texts)), "tokens": sum(map(len, groups[name]))}
-        for name, texts in (plain | talks).items()
-    }
-    say("groups", sizes)
+    return plain | talks
 
-    model = training.prepare(Glm4MoeForCausalLM(training.small_config(tokenizer)).to(device))
-    training.add_dropout(model, options.dropout)
-    parameters = sum(p.numel() for p in model.parameters())
-    say("parameters", parameters, "tokens a step", options.batch * SEQUENCE)
+
+def train(
+    model: Any,
+    groups: dict[str, Any],
+    options: argparse.Namespace,
+    device: str,
+    measured: Callable[[], dict[str, float]],
+) -> list[dict[str, float]]:
+    """Train the model in place.
+
+    Args:
+        groups: tokens of each group's texts. measured: the held-out figures, asked for eight times in a run.
+
+    Returns:
+        The curve: loss and tokens read at 40 steps, held-out figures at eight of them.
+    """
     loss_of = torch.compile(training.summed_loss, dynamic=False) if device == "cuda" else training.summed_loss
     counts = [torch.zeros_like(block.experts.load) for block in training.moe_blocks(model)]
     optimizer = training.optimizer(model, PEAK_RATE, DECAY)
-    curve = []
-    started = time.time()
+    curve, started = [], time.time()
     for step, tokens in enumerate(batches(groups, options.batch, device), start=1):
         done = step / options.steps
         for group in optimizer.param_groups:
@@ -125,15 +129,47 @@ def main() -> None:
             point = {"step": step, "tokens": step * tokens.numel(), "seconds": round(seconds, 1), "loss": loss.item()}
             say(point, "least even layer", min(entropy))
             if step % max(options.steps // 8, 1) == 0:
-                for name in ("novel", "modern"):
-                    point[f"heldout_{name}"] = training.nats_per_character(model, tokenizer, data.heldout[name])
-                say("held-out novels", point["heldout_novel"], "modern", point["heldout_modern"])
+                point |= (figures := measured())
+                say("held out", figures)
                 training.expert_entropy(model)
             curve.append(point)
         if step == options.steps:
             break
+    return curve
+
+
+def main() -> None:
+    """Run the whole pre-training and write its results."""
+    options = read_options()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    WEIGHTS.update(own=options.own, modern=options.modern)
+    data = corpus.load(options.corpus)
+    texts = texts_by_group(options, data, tokenizer)
+    groups = {name: encode(tokenizer, one) for name, one in texts.items()}
+    sizes = {
+        name: {"documents": len(one), "characters": sum(map(len, one)), "tokens": sum(map(len, groups[name]))}
+        for name, one in texts.items()
+    }
+    say("groups", sizes)
+
+    model = training.prepare(Glm4MoeForCausalLM(training.small_config(tokenizer)).to(device))
+    training.add_dropout(model, options.dropout)
+    parameters = sum(p.numel() for p in model.parameters())
+    say("parameters", parameters, "tokens a step", options.batch * SEQUENCE)
+
+    def held_out(*names: str) -> dict[str, float]:
+        return {name: training.nats_per_character(model, tokenizer, data.heldout[name]) for name in names}
+
+    def on_the_way() -> dict[str, float]:
+        return {f"heldout_{name}": nats for name, nats in held_out("novel", "modern").items()}
+
+    started = time.time()
+    curve = train(model, groups, options, device, on_the_way)
     training.expert_entropy(model)
-    heldout = {name: training.nats_per_character(model, tokenizer, texts) for name, texts in data.heldout.items()}
     report = {
         "parameters": parameters,
         "groups": sizes,
@@ -141,16 +177,16 @@ def main() -> None:
         "floor": options.floor,
         "weights": WEIGHTS,
         "tokens": options.steps * options.batch * SEQUENCE,
-        "seconds": round(time.time() - started, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "curve": curve,
-        "heldout_nats_per_character": heldout,
+        "heldout_nats_per_character": held_out(*data.heldout),
         "heldout_expert_entropy": training.expert_entropy(model),
+        "seconds": round(time.time() - started, 1),
     }
-    say(heldout, report["heldout_expert_entropy"])
+    say(report["heldout_nats_per_character"], report["heldout_expert_entropy"])
     options.output.mkdir(parents=True, exist_ok=True)
     training.save(model, tokenizer, str(options.output))
-    others = {name: texts for name, texts in groups.items() if name != "own"}  # those come as conversations
+    others = {name: tokens for name, tokens in groups.items() if name != "own"}  # those come as conversations
     np.save(options.output / "replay.npy", rows(others, random.Random(1)))
     held = {"texts": data.heldout, "public_chats": data.short_chats}
     (options.output / "heldout.json").write_text(json.dumps(held, ensure_ascii=False), encoding="utf-8")
