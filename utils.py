@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from course.cells import Shown, check, columns, in_html, shell, table  # noqa: F401 (for all who import utils)
-from course.language import CHINESE, LANGUAGES, gloss, glossed, say, translated  # noqa: F401 (notebooks use glossed)
+from course.language import LANGUAGES, glossed, say  # noqa: F401 (notebooks use glossed)
 
 ROOT = Path(__file__).resolve().parent
 BUNDLED = ROOT / "models" / "glm4-moe-mini"
