@@ -11,11 +11,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import pytest
 import torch
 from conftest import ROOT
+from openai import OpenAI
 from transformers import AutoModelForCausalLM
 
 import utils
@@ -105,6 +106,8 @@ def transformers_serve(model, log):
                 break
             except (URLError, OSError):
                 time.sleep(0.5)
+        else:
+            pytest.fail(f"no answer after two minutes: {log.read_text()[-2000:]}")
         yield url
     finally:
         server.terminate()
@@ -154,14 +157,11 @@ def test_transformers_serve_gives_the_answers_of_transformers(persona, questions
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     expected, found = [], []
     with transformers_serve(merged, tmp_path / "serve.log") as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         for question in questions:
             turns = [{"role": "system", "content": persona.system}, {"role": "user", "content": question}]
-            body = {"model": merged, "messages": turns, "max_tokens": LONGEST, "temperature": 0}
-            request = Request(
-                f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urlopen(request, timeout=120) as answer:
-                found.append(json.load(answer)["choices"][0]["message"]["content"].strip())
+            asked = {"model": merged, "messages": turns, "max_tokens": LONGEST, "temperature": 0}
+            found.append(client.chat.completions.create(**asked).choices[0].message.content.strip())
             how = {"add_generation_prompt": True, "enable_thinking": False, "return_tensors": "pt", "return_dict": True}
             inputs = persona.tokenizer.apply_chat_template(turns, **how)
             ids = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)[0, inputs["input_ids"].shape[1] :]
