@@ -21,7 +21,7 @@ endif
 # The language of run, lab and test:  make run COURSE_LANGUAGE=zh
 export COURSE_LANGUAGE ?= en
 
-.PHONY: setup run lab dashboard test test-both test-faults test-browser test-other-tools site test-site lint benchmark workshop store translations lock model clean
+.PHONY: setup run lab dashboard test test-both test-faults test-browser test-other-tools site test-site lint benchmark workshop store translations lock tokenizer model clean
 
 setup: $(VENV)/ready
 
@@ -130,11 +130,16 @@ translations: setup
 lock: setup $(VENV)/linters
 	@UV="$(CURDIR)/$(BIN)/uv" tools/lock.sh
 
-# Make the next bundled model on a GPU (models/recipe/README.md): make model CORPUS=folder
+# Make the next bundled model on a GPU (models/recipe/README.md): make model CORPUS=folder. It keeps the bundled
+# tokenizer, because the lessons show its tokens; to pre-train with another one: make tokenizer, then make model
+# TOKENIZER=../../output/tokenizer
+TOKENIZER ?= ../glm4-moe-mini
+tokenizer:
+	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/recipe \
+		&& $(PYTHON) make_tokenizer.py "$$corpus" chat heldout ../glm4-moe-mini/chat_template.jinja ../../output/tokenizer
 model:
 	@corpus="$$(cd "$(CORPUS)" && pwd)" && cd models/recipe \
-		&& $(PYTHON) make_tokenizer.py "$$corpus" chat heldout ../glm4-moe-mini/chat_template.jinja ../../output/tokenizer \
-		&& $(PYTHON) pretrain.py "$$corpus" ../../output/tokenizer chat heldout ../../output/pretrained \
+		&& $(PYTHON) pretrain.py "$$corpus" "$(TOKENIZER)" chat heldout ../../output/pretrained \
 		&& $(PYTHON) chat_tune.py ../../output/pretrained chat heldout ../../output/glm4-moe-mini
 
 clean:

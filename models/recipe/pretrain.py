@@ -68,7 +68,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("chat", type=Path)
     parser.add_argument("heldout", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=14_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--own", type=float, default=1.0, help="how often our own conversations are read in an epoch")

@@ -31,12 +31,12 @@ SYSTEM_PROMPTS = (
 SYSTEM_SHARE = 0.3
 #: How often each source is drawn from; the persons of `persons` were written, those of `profiles` are generated.
 SHARES = {
-    "pairs": 0.28,
+    "pairs": 0.24,
     "talks": 0.10,
-    "persons": 0.32,
-    "profiles": 0.08,
-    "thoughts": 0.10,
-    "facts": 0.08,
+    "persons": 0.42,
+    "profiles": 0.06,
+    "thoughts": 0.08,
+    "facts": 0.06,
     "tools": 0.02,
     "public": 0.02,
 }
