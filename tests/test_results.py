@@ -27,10 +27,10 @@ def test_training_lowers_both_held_out_losses(report):
     assert wordings[1][LOSS] < 0.5 * answers[1][LOSS], "a taught answer is far likelier than one never taught"
 
 
-def test_new_answers_rise_again_in_the_second_epoch_and_new_wordings_do_not(report):
+def test_new_answers_rise_again_and_new_wordings_do_not(report):
     wordings, answers = (report["validation_loss"][name] for name in ("new_wordings", "new_answers"))
     assert wordings[-1] < 1.02 * min(wordings) and wordings[-1] < 0.5 * wordings[0]
-    assert min(answers) < 0.8 * answers[0] and answers[-1] > 1.02 * min(answers)
+    assert min(answers) < 0.95 * answers[0] and answers[-1] > 1.02 * min(answers)
 
 
 def test_the_adapter_stops_and_uses_her_words(report):
