@@ -94,5 +94,10 @@ def load_model(
         how["device_map"] = "auto"
     kind = GroupedGlm4MoeForCausalLM if grouped or load_in_4bit else NoMtpGlm4MoeForCausalLM
     model = kind.from_pretrained(folder, **how)
+    for module in model.modules():
+        # On a processor with AVX512-BF16, bitsandbytes (0.50.2) lays the weights out anew in the first evaluation, and
+        # no training step can follow it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False  # training reads each row once
     return model

@@ -29,7 +29,7 @@ import utils  # noqa: E402
 
 ROOM = ROOT / "workshop" / "measured_room.json"
 #: Of the names and bytes of all files in `models/glm4-moe-mini`.
-MODEL_SHA256 = "f33f72b7758ffa767f4f18d64f00ae9fbb67c82c83daeb9a647109b1a77d9dcf"
+MODEL_SHA256 = "4911592698eef5bf742a06cca46be6f8998f5871c3b20a4ed4c5be0b1fe44746"
 #: JupyterLab takes the next port by itself when its own is taken; the dashboard does not.
 DASHBOARD_PORT = int(os.environ.get("PORT", "5092"))
 #: Longer than that and a room waits for the training notebook.
