@@ -157,10 +157,12 @@ def measure(
     checkpointing: bool,
     profile: str = "",
     record: bool = False,
+    free: int = 0,
 ) -> dict[str, Any]:
     """Train on the rows of some steps of `samples` samples in `passes` passes, twice: the first time only warms up.
 
     With `record` three times: in the second each size is recorded as a CUDA graph, and what is timed is replayed.
+    With `free` tokens (`planner.free_tokens`) each pass keeps the activations of as many layers as fit.
 
     Returns:
         Seconds a step (mean), tokens and samples a second over all GPUs, GiB at most on each GPU.
@@ -199,6 +201,14 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     collator = PackedRows() if packed else DataCollatorForSeq2Seq(tokenizer, padding=True)
     trainer = ShardedTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
+    kept = []
+
+    def kept_layers(tokens: int) -> int:
+        kept.append(planner.kept_layers(model.config, free, tokens))
+        return kept[-1]
+
+    if free:
+        trainer.kept_layers = kept_layers
     if record:
         trainer.record_steps()
     if profile:
@@ -223,7 +233,7 @@ def measure(
         "peak_gib": [round(reserved, 1) for reserved, _ in found],
         "allocated_gib": [round(used, 1) for _, used in found],
         "loss": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
-    }
+    } | ({"kept_layers": [min(kept), max(kept)]} if kept else {})
 
 
 @torch.no_grad()
@@ -314,15 +324,25 @@ def worker(options: argparse.Namespace) -> None:
                 file.write(json.dumps(result) + "\n")
 
     for padded, job in jobs if options.samples != "none" else ():
-        record = job.endswith("r")
-        checkpointing = not job.removesuffix("r").endswith("n")
-        samples, _, passes = job.removesuffix("r").removesuffix("n").partition("/")
+        numbers = job.rstrip("fnr")
+        how, (samples, _, passes) = job.removeprefix(numbers), numbers.partition("/")
+        record, checkpointing = "r" in how, "n" not in how
         recipe = "textbook" if textbook else "textbook batches" if padded else "ours"
         result: dict[str, Any] = {"recipe": recipe} | facts | ({"recorded": True} if record else {})
         model.get_base_model().set_attn_implementation("sdpa" if padded else "packed")
+        planned = facts | {"recipe": recipe, "samples": int(samples), "passes": int(passes or 1), "recorded": record}
+        free = planned_for(planned | {"checkpointing": True, "kept_layers": True}).free_tokens if "f" in how else 0
         try:
             result |= measure(
-                model, int(samples), int(passes or 1), options.steps, not padded, checkpointing, options.profile, record
+                model,
+                int(samples),
+                int(passes or 1),
+                options.steps,
+                not padded,
+                checkpointing,
+                options.profile,
+                record,
+                free,
             )
             if config.num_hidden_layers == AIR.num_hidden_layers:
                 result["share_of_limit"] = round(result["tokens_per_second"] * FLOP_A_TOKEN / devices / rate, 3)
@@ -352,6 +372,8 @@ def table(path: Path) -> str:
         planned = planned_for(row) if row["gpu"] != "CPU" else None
         passes = f" in {row['passes']} passes" if row["passes"] > 1 else ""
         kept = "" if row["checkpointing"] else ", all activations kept"
+        if "kept_layers" in row:
+            kept = f", those of {row['kept_layers'][0]} to {row['kept_layers'][1]} layers kept"
         kept += ", recorded" if row.get("recorded") else ""
         share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
         cells = (f"{row['gpus']} x {row['gpu']}", row["layers"], row["recipe"], "4-bit" if row["bits"] == 4 else "bf16")
@@ -374,6 +396,7 @@ def planned_for(row: dict[str, Any], rows: planner.Rows = planner.ROLE_PLAY) -> 
         groups=ALL_GROUPS if row.get("groups", "all") == "all" else ("attention",),
         load_in_4bit=row["bits"] == 4,
         gradient_checkpointing=row["checkpointing"],
+        keep_what_fits="kept_layers" in row,
         baseline=row["recipe"] == "textbook",
         recorded=row.get("recorded", False),
     )
@@ -391,7 +414,8 @@ def main() -> int:
     parse.add_argument("--groups", choices=("all", "attention"), default="all")
     parse.add_argument("--rank", type=int, default=8)
     parse.add_argument(
-        "--samples", help="samples a step, or samples/passes; n behind it: no checkpointing, r: recorded; none"
+        "--samples",
+        help="samples a step, or samples/passes; n behind it: no checkpointing, f: keep what fits, r: recorded; none",
     )
     parse.add_argument("--steps", type=int, default=4)
     parse.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")

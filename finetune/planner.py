@@ -23,6 +23,7 @@ from utils import CourseError
 __all__ = ["ROLE_PLAY", "AverageRows", "Plan", "RealRows", "Recipe", "Rows", "plan"]
 
 FULL = 0.97  # of a device's memory that a plan may take
+CAUTION = 1.1  # by so much more than counted the activations of a pass may be, where only some layers keep them
 EVAL_BATCH_SIZES = (40, 20, 10, 5, 2, 1)  # rows that an evaluation may read at once; the first that fits is taken
 
 
@@ -34,7 +35,8 @@ class Recipe:
         batch_size: samples of one optimizer step, over all processes and all accumulation steps.
         gradient_accumulation_steps: forward and backward passes that one optimizer step is split into.
         gradient_checkpointing: keep each layer's input only, and compute the layer again in the backward pass.
-        keep_what_fits: do so only for passes of more than `Plan.free_tokens` tokens.
+        keep_what_fits: do so only for passes of more than `Plan.free_tokens` tokens, and in them only for the layers
+            whose activations do not fit (`kept_layers`).
         baseline: as libraries do it unchanged: padded batches, all logits, peft's full-size update of the experts.
         recorded: replay the kernels of a pass as a CUDA graph (`finetune/recorded.py`).
     """
@@ -274,6 +276,21 @@ def free_tokens(config: Any, recipe: Recipe, room: float, needed: dict[str, floa
     return fit if fit >= 128 else 0  # fewer tokens than that has hardly a batch
 
 
+def kept_layers(config: Any, free: int, tokens: float) -> int:
+    """Of how many layers a pass of `tokens` tokens keeps the activations; the others keep their input only.
+
+    Args:
+        free: tokens for which all layers fit, from `free_tokens`; 0: no layer keeps them.
+    """
+    layers, size = config.num_hidden_layers, 2
+    if tokens <= free:
+        return layers
+    a_layer, an_input, working = kept_numbers(config), config.hidden_size, layer_numbers(config)
+    spare = size * free * (layers * a_layer + working)
+    taken = CAUTION * size * tokens * (layers * an_input + working)
+    return max(0, int((spare - taken) / (CAUTION * size * tokens * (a_layer - an_input))))
+
+
 def layer_numbers(config: Any) -> float:
     """How many numbers of a token a layer holds while it is differentiated: routed rows, heads, hidden states."""
     hidden, inner, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
@@ -282,10 +299,11 @@ def layer_numbers(config: Any) -> float:
 
 def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, processes: int, free: int = 0) -> float:
     """Seconds of one optimizer step; `tokens` is what one pass reads on one device, `free` as `Plan.free_tokens`."""
-    if tokens <= free:
-        recipe = replace(recipe, gradient_checkpointing=False)
+    again = 0.0  # the share of the layers that are computed again
+    if recipe.gradient_checkpointing:
+        again = 1 - kept_layers(config, free, tokens) / config.num_hidden_layers
     active, count, card = active_parameters(config), parameters(config), machine.rates()
-    reads, four = 3 if recipe.gradient_checkpointing else 2, recipe.load_in_4bit
+    reads, four = 2 + again, recipe.load_in_4bit
     compute = 2 * reads * active * tokens / (card.tflops * 1e12 * MATRIX_SHARE[four])
     shared = processes > 1 and not four
     apart = expert_parallel_size(config, processes) if shared else 1
@@ -302,9 +320,9 @@ def step_seconds(config: Any, recipe: Recipe, tokens: float, machine: Machine, p
     if apart > 1:  # all-gather and reduce-scatter of tokens: forward, again if checkpointed, and backward
         rows = 2 * reads * tokens * (apart - 1) * (config.num_hidden_layers - config.first_k_dense_replace)
         work += 2 * rows * config.hidden_size / (card.link * 1e12)
-    a_layer = LAUNCH[four, recipe.gradient_checkpointing]
+    a_layer = again * LAUNCH[four, True] + (1 - again) * LAUNCH[four, False]
     if shared:
-        a_layer = LAUNCH_PARALLEL[recipe.gradient_checkpointing]
+        a_layer = again * LAUNCH_PARALLEL[True] + (1 - again) * LAUNCH_PARALLEL[False]
     if recipe.baseline:
         a_layer = LAUNCH_BASELINE
     launch = a_layer * config.num_hidden_layers * bool(machine.gpus)  # a processor launches nothing

@@ -7,7 +7,9 @@ adapter goes where notebook 06 looks for it. `tests/test_train.py` trains the bu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +119,11 @@ class ShardedTrainer(Trainer):
         arguments.save_only_model = self.sharded
         super().__init__(*args, **kwargs)
         arguments.save_only_model = False
-        self.free_tokens = 0
-        self.recomputes = bool(arguments.activation_checkpointing)
-        keep_unpacked(self.model, self.recomputes)
+        self.layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        #: With checkpointing: of how many layers a pass of so many tokens keeps the activations.
+        self.kept_layers: Callable[[int], int] = lambda tokens: 0
+        self.kept = 0 if arguments.activation_checkpointing else len(self.layers)
+        keep_unpacked(self.model, bool(arguments.activation_checkpointing))
         self.recorded: RecordedSteps | None = None
 
     def record_steps(self) -> None:
@@ -158,18 +162,22 @@ class ShardedTrainer(Trainer):
             batch = pad_to(batch, parallel.longest_of_all(ids.shape[1], ids.device))
         if self.model.training and self.args.activation_checkpointing:
             tokens = batch["input_ids"].shape[1]
-            self.recompute(tokens > self.free_tokens if self.recorded is None else size_of(tokens) > self.free_tokens)
+            self.keep_last(self.kept_layers(tokens if self.recorded is None else size_of(tokens)))
         return batch
 
-    def recompute(self, yes: bool) -> None:
-        """Whether the layers of the next pass are computed again in its backward pass; where they fit they are not."""
-        if yes == self.recomputes:
+    def keep_last(self, kept: int) -> None:
+        """Keep the activations of so many layers in the next pass; the others are computed again.
+
+        The last layers keep theirs: the backward pass begins there, so the memory is free again before the first layer
+        is computed again.
+        """
+        if kept == self.kept:
             return
-        self.recomputes = yes
-        keep_unpacked(self.model, yes)
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = yes
+        self.kept = kept
+        for number, layer in enumerate(self.layers):
+            again = number < len(self.layers) - kept
+            layer.gradient_checkpointing = again
+            keep_unpacked(layer, again)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Left to itself, peft gathers every weight of the base model, 199 GiB, and then throws it away.
@@ -329,7 +337,8 @@ def train(options: Options) -> Trainer:
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Progress(), *swanlab_callback(course, recorded)],
     )
-    trainer.free_tokens = min(resume.in_every_process(plan.free_tokens))
+    free = min(resume.in_every_process(plan.free_tokens))
+    trainer.kept_layers = partial(planner.kept_layers, model.config, free)
     trainer.remove_callback(PrinterCallback)
     if plan.recipe.recorded:
         trainer.record_steps()

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 import utils
 from finetune import lora, planner, train
+from finetune.experts import GroupedExperts
 from finetune.machine import Machine
 from finetune.model import load_model
 from finetune.packing import PackedRows
@@ -123,6 +124,35 @@ def test_the_trainer_learns_the_same(tmp_path, accumulation):
         histories.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert histories[0] == pytest.approx(histories[1], rel=1e-3)
     assert histories[0][-1] != histories[0][0]
+
+
+def test_layers_that_keep_their_activations_change_nothing_but_what_is_computed_again(model, tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False, activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
+    )  # fmt: skip
+    trainer = train.ShardedTrainer(model=model, args=arguments, train_dataset=Rows(), data_collator=PackedRows())
+    trainer.current_gradient_accumulation_steps = 1
+    batch, calls, found = PackedRows()(ROWS[:4]), [], []
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    hooks = [layer.mlp.register_forward_pre_hook(lambda *given: calls.append(given[0])) for layer in trainer.layers]
+    for kept in (0, 3, len(trainer.layers), 1, 0):
+        model.zero_grad()
+        calls.clear()
+        trainer.kept_layers = lambda tokens, kept=kept: kept
+        trainer.training_step(model, dict(batch))
+        found.append(gradients(model))
+        again = [number for number, layer in enumerate(trainer.layers) if calls.count(layer.mlp) == 2]
+        assert again == list(range(len(trainer.layers) - kept))  # the last layers keep theirs
+        experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+        assert sum(module.keep_unpacked for module in experts) == len(
+            [number for number in again if number]
+        )  # the first layer has no experts
+    for hook in hooks:
+        hook.remove()
+    model.activation_checkpointing_disable()
+    for others in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize(
