@@ -23,7 +23,8 @@ from utils import CourseError
 __all__ = ["ROLE_PLAY", "AverageRows", "Plan", "RealRows", "Recipe", "Rows", "plan"]
 
 FULL = 0.97  # of a device's memory that a plan may take
-CAUTION = 1.1  # by so much more than counted the activations of a pass may be, where only some layers keep them
+CAUTION = 1.2  # by so much more than counted the activations of a pass may be, where only some layers keep them
+FEWEST = 0.25  # of the layers; to keep the activations of fewer gained nothing that was measured
 EVAL_BATCH_SIZES = (40, 20, 10, 5, 2, 1)  # rows that an evaluation may read at once; the first that fits is taken
 
 
@@ -288,7 +289,8 @@ def kept_layers(config: Any, free: int, tokens: float) -> int:
     a_layer, an_input, working = kept_numbers(config), config.hidden_size, layer_numbers(config)
     spare = size * free * (layers * a_layer + working)
     taken = CAUTION * size * tokens * (layers * an_input + working)
-    return max(0, int((spare - taken) / (CAUTION * size * tokens * (a_layer - an_input))))
+    fit = int((spare - taken) / (CAUTION * size * tokens * (a_layer - an_input)))
+    return fit if fit >= FEWEST * layers else 0
 
 
 def layer_numbers(config: Any) -> float:

@@ -394,15 +394,16 @@ def test_passes_whose_activations_fit_keep_them():
 
 def test_above_that_as_many_layers_as_fit_keep_theirs():
     free, numbers = 1300, (kept_numbers(AIR), layer_numbers(AIR))
-    kept = {tokens: kept_layers(AIR, free, tokens) for tokens in (free, free + 1, 2000, 4000, 8000, 16000)}
-    assert kept[free] == AIR.num_hidden_layers and kept[16000] == 0 < kept[4000]
+    kept = {tokens: kept_layers(AIR, free, tokens) for tokens in (free, free + 1, 2000, 3000, 8000, 16000)}
+    assert kept[free] == AIR.num_hidden_layers and kept[16000] == kept[8000] == 0
+    assert AIR.num_hidden_layers / 4 <= kept[3000] < kept[2000]
     assert sorted(kept.values(), reverse=True) == list(kept.values())
     for tokens, layers in kept.items():  # bytes of all kept activations, counted in another way than in `kept_layers`
         held = layers * numbers[0] + (AIR.num_hidden_layers - layers) * AIR.hidden_size + numbers[1]
         most = free * (AIR.num_hidden_layers * numbers[0] + numbers[1])
-        assert tokens == free or layers == 0 or tokens * held <= most / 1.09
+        assert tokens == free or layers == 0 or tokens * held <= most / 1.19
         one_more = tokens * (held + numbers[0] - AIR.hidden_size)
-        assert tokens <= free or layers == 0 or one_more > most / 1.11
+        assert tokens <= free or layers == 0 or one_more > most / 1.21
     assert kept_layers(AIR, 0, 10) == 0
     rows = AverageRows(mean_tokens=61)
     how = {"load_in_4bit": True, "machine": H100, "rows": rows, "advise": False}
