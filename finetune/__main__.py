@@ -93,7 +93,7 @@ def parser() -> Parser:
         one.add_argument("--gradient-accumulation-steps", type=int, default=1, help="passes that a step is split into")
         one.add_argument("--lora-rank", type=int, default=8, help="lora_alpha is 4 times this")
         one.add_argument("--attention-only", action="store_true", help="LoRA on attention, 3 %% of the parameters")
-        one.add_argument("--epochs", type=int, help="1 for a small model, 3 for a large one; more to make 60 steps")
+        one.add_argument("--epochs", type=int, help="2 for a small model, 3 for a large one; more to make 60 steps")
         one.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever the epochs")
         one.add_argument("--learning-rate", type=float, help="4e-3 for a small model, 1e-4 for a large one")
         flag = {"action": argparse.BooleanOptionalAction}

@@ -62,7 +62,7 @@ class Options:
 def completed(options: Options, config: Any, rows: int) -> planner.Recipe:
     """The recipe with what depends on model and rows: passes, at least 60 steps, checkpointing for a large model."""
     checkpointing = options.gradient_checkpointing
-    passes = 1 if is_small(config) else 3
+    passes = 2 if is_small(config) else 3
     return replace(
         options.recipe,
         epochs=options.epochs or max(passes, -(-60 // -(-rows // options.recipe.batch_size))),

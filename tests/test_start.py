@@ -409,7 +409,7 @@ torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True  # 
 from transformers import TrainingArguments
 (run_folder := Path(sys.argv[1])).joinpath("prompt.json").write_text("{}")
 tokens_folder, settings, estimate = run_folder, utils.settings(), SimpleNamespace(eval_batch_size=8)
-batch_size, epochs, small, on_gpu = 16, 1, True, False
+batch_size, epochs, small, on_gpu = 16, 2, True, False
 exec(sys.argv[2])
 print(TrainingArguments(sys.argv[1]).device, arguments.device)
 """

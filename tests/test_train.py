@@ -136,7 +136,7 @@ train.TrainingArguments = lambda **given: usual(**(given | {"logging_steps": 1})
 def both_ways(prepared, data):
     """Notebook 05 and the command, every step logged."""
     notebook, script = prepared("notebook"), prepared("script")
-    every_step = {"05-40": "arguments.logging_steps = 1"}
+    every_step = {"05-40": "arguments.logging_steps = 1", "05-41d": "dropout = 0.0"}  # the command has none
     run_notebook("05_lora_training", True, every_step, **environment(notebook, data, COURSE_MAX_STEPS=str(STEPS)))
     run_train(script, data, "--max-steps", str(STEPS), before=EVERY_STEP)
     return notebook, script

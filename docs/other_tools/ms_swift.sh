@@ -12,7 +12,7 @@ swift sft \
   --target_modules q_proj k_proj v_proj o_proj \
   --target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj \
     "${dense[@]/#/shared_experts.}" "${dense[@]/#/layers.0.mlp.}" \
-  --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --num_train_epochs 1 \
+  --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --num_train_epochs 2 \
   --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 --seed 42 \
   --gradient_checkpointing false --dataset_num_proc 1 --dataloader_num_workers 0 \
   --per_device_eval_batch_size 16 --eval_steps 100 --logging_steps 10 --save_steps 1000 \

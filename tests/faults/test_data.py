@@ -357,7 +357,7 @@ def test_a_strange_file_is_taken_and_a_line_says_so(tmp_path, said_by_the_notebo
 
 def test_the_default_file_gives_no_remark(said_by_the_notebook):
     said = said_by_the_notebook(utils.ROOT / "dataset" / "huanhuan.json")
-    assert "0 findings in 5463 rows" in said
+    assert "0 findings in 3358 rows" in said
     assert said.count("none") == 2
 
 

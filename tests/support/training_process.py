@@ -18,9 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-#: The cells that train, of all that teach: settings, rows, plan, model, adapter, arguments, SwanLab, trainer,
+#: The cells that train, of all that teach: settings, rows, plan, model, adapter, arguments, dropout, SwanLab, trainer,
 #: training, saving.
-CELLS = "01 16b 16d 18 20 25 40 43 44 47 47b 48a 48b 48 50 50b 52 53 58 60 64".split()
+CELLS = "01 16b 16d 18 20 25 40 41b 41d 43 44 47 47b 48a 48b 48 50 50b 52 53 58 60 64".split()
 CELLS = [f"05-{cell}" for cell in CELLS]
 #: A cell that a learner could add: 18 steps on the 40 rows of the test, checkpoints and losses close together.
 SHORT = """
