@@ -61,6 +61,25 @@ def test_no_question_twice_and_none_of_the_heldout_ones_in_training():
     assert len({plain(row) for row in HELDOUT}) == len(HELDOUT)
 
 
+def test_the_further_rows_are_new_and_hold_no_test_question():
+    lines = (ROOT / "dataset" / "more_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    more = [json.loads(line) for line in lines]
+    rows, conversations = (
+        [row for row in more if "output" in row],
+        [row["messages"] for row in more if "messages" in row],
+    )
+    assert len(rows) >= 4_000 and len(conversations) >= 500 and not order_faults(conversations)
+    assert max(len(row["output"]) for row in rows) <= 80
+    opened = [plain(row) for row in rows] + [re.sub(r"\W", "", messages[0]["content"]) for messages in conversations]
+    assert max(Counter(plain(row) for row in rows).values()) == 1
+    taken = {plain(row) for row in ROWS + HELDOUT}
+    for name in ("situations", "wordings"):
+        taken |= {plain(row) for row in json.loads((ROOT / "dataset" / f"heldout_{name}.json").read_text("utf-8"))}
+    taken |= {re.sub(r"\W", "", talk[0]["content"]) for talk in talks("conversations") + talks("heldout_conversations")}
+    assert not taken & set(opened)
+    assert not [row for row in rows if re.search("模型|助手|程序|微调|[A-Za-z0-9]", row["output"])]
+
+
 def test_no_answer_more_than_a_dozen_times():
     assert max(Counter(row["output"] for row in ROWS).values()) <= 12
 

@@ -1,0 +1,158 @@
+"""More rows or more passes? LoRA of notebook 05 on other choices of rows, measured on answers that no row has.
+
+python benchmarks/rows.py --steps 208 --share 0.5          half of the rows, as often as 208 steps read them
+python benchmarks/rows.py --steps 620 --more 1.0 --repeated 1600
+                                        all rows and `dataset/more_rows.jsonl`, the first 1,600 rows twice
+Each run adds a line to `--out`: the losses at its end, in nats a token, on the reference answers of the four sets for
+readers and on `dataset/heldout.json` (taught answers). `--answers` writes what it answers, as `tools/judging.py` reads
+it. The rows are in random order, those of a batch of similar length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "models" / "recipe")]
+import utils
+
+utils.start()  # before torch is imported
+
+import torch
+import torch.nn.functional as F
+from chat_tune import PERSONA_PROMPT, losses_by_source, messages_of, pad, reference_rows
+from samples import IGNORED, PERSONA, Row, Sample, encoded
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from course.rows import load_rows
+from finetune import lora
+from training import summed_loss
+
+BATCH, WARMUP, POOL = 16, 0.05, 50  # samples of a step; share of the steps; batches that are sorted by length together
+SYSTEM = {"role": "system", "content": PERSONA_PROMPT}
+DATA, HELD_OUT = ROOT / "dataset", ROOT / "models" / "recipe" / "heldout"
+
+
+def conversations(*names: str) -> list[Sample]:
+    """The rows of files of `dataset/`, under the prompt of notebook 04."""
+    return [Sample([SYSTEM, *row["messages"]]) for name in names for row in load_rows(DATA / name)]
+
+
+def chosen(options: argparse.Namespace) -> list[Sample]:
+    """The rows of a run: a random share of each file, the first rows of `huanhuan.json` once more if asked for."""
+    draw = random.Random(1)
+    usual = conversations("huanhuan.json", "conversations.jsonl")
+    usual += usual[: options.repeated]
+    draw.shuffle(usual)
+    more = conversations("more_rows.jsonl") if options.more else []
+    draw.shuffle(more)
+    return usual[: round(options.share * len(usual))] + more[: round(options.more * len(more))]
+
+
+def batches(rows: list[Row], seed: int) -> Iterator[list[Row]]:
+    """Batches without end, pass after pass."""
+    draw = random.Random(seed)
+    while True:
+        order = draw.sample(rows, len(rows))
+        pools = [
+            sorted(order[i : i + POOL * BATCH], key=lambda row: len(row.ids))
+            for i in range(0, len(order), POOL * BATCH)
+        ]
+        made = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool), BATCH)]
+        draw.shuffle(made)
+        yield from made
+
+
+def add_dropout(model: Any, share: float) -> None:
+    """Dropout behind attention and MLP of each layer, where peft allows none."""
+    for layer in model.get_base_model().model.layers if share else ():
+        for module in (layer.self_attn.o_proj, layer.mlp):
+            module.register_forward_hook(lambda module, inputs, output: F.dropout(output, share, module.training))
+
+
+def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
+    """Train in place with notebook 05's schedule; the mean training loss of the last steps."""
+    base, running = model.get_base_model(), 0.0
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
+    for step, batch in zip(range(1, options.steps + 1), batches(rows, options.seed), strict=False):
+        done = step / options.steps
+        falling = 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * (done / WARMUP if done < WARMUP else falling)
+        ids, labels = pad(batch, base.config.pad_token_id, max(len(row.ids) for row in batch))
+        ids, labels = ids.to(base.device), labels.to(base.device)
+        loss = summed_loss(base, ids, labels) / (labels != IGNORED).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        running = 0.95 * running + 0.05 * loss.item()
+    return running / (1 - 0.95**options.steps)
+
+
+@torch.no_grad()
+def answered(model: Any, tokenizer: Any, name: str) -> list[dict[str, Any]]:
+    """Greedy answers to the questions of the sets for readers."""
+    rows: list[dict[str, Any]] = []
+    tokenizer.padding_side = "left"
+    for kind in PERSONA:
+        asked = [[turn for turn in talk[:-1] if turn.get("content")] for talk in messages_of(HELD_OUT / f"{kind}.txt")]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        prompts = [tokenizer.apply_chat_template([SYSTEM, *turns], **how) for turns in asked]
+        given = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+        said = model.generate(**given, max_new_tokens=48, do_sample=False)[:, given["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+        found = zip(asked, texts, strict=True)
+        rows += [{"set": kind, "author": name, "asked": turns, "answer": text.strip()} for turns, text in found]
+    return rows
+
+
+def main() -> None:
+    """One run."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--steps", type=int, default=343)
+    parse.add_argument("--share", type=float, default=1.0, help="of the rows that notebook 05 reads")
+    parse.add_argument("--more", type=float, default=0.0, help="share of dataset/more_rows.jsonl")
+    parse.add_argument("--repeated", type=int, default=0, help="so many of the first rows are there twice")
+    parse.add_argument("--rate", type=float, default=4e-3)
+    parse.add_argument("--dropout", type=float, default=0.0)
+    parse.add_argument("--rank", type=int, default=8)
+    parse.add_argument("--seed", type=int, default=42)
+    parse.add_argument("--out", type=Path, default=Path("output/rows.jsonl"))
+    parse.add_argument("--answers", type=Path, help="write its answers to this file")
+    options = parse.parse_args()
+    torch.manual_seed(options.seed)
+    device, started = "cuda" if torch.cuda.is_available() else "cpu", time.time()
+    tokenizer = AutoTokenizer.from_pretrained(utils.BUNDLED)
+    rows = encoded(tokenizer, {"rows": chosen(options)})["rows"]
+    model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32).to(device)
+    model = lora.attach(model, lora.lora_config(options.rank))
+    add_dropout(model, options.dropout)
+    loss = train(model.train(), rows, options)
+    model.eval()
+    held_out = {kind: found for kind, found in reference_rows(tokenizer, HELD_OUT).items() if kind in PERSONA}
+    held_out["taught"] = encoded(tokenizer, {"rows": conversations("heldout.json")})["rows"]
+    run = {name: value for name, value in vars(options).items() if name not in ("out", "answers")}
+    run |= {"rows": len(rows), "passes": round(options.steps * BATCH / len(rows), 2), "training": round(loss, 3)}
+    run |= {"losses": losses_by_source(model.get_base_model(), held_out), "seconds": round(time.time() - started)}
+    run["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+    print(json.dumps(run))
+    if options.answers:
+        said = answered(model, tokenizer, options.answers.stem)
+        options.answers.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

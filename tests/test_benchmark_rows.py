@@ -1,0 +1,54 @@
+"""`benchmarks/rows.py`: which rows a run reads, and one short run."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import rows
+
+ROWS = json.loads((ROOT / "dataset" / "huanhuan.json").read_text("utf-8"))
+OWN = {name: value for name, value in os.environ.items() if not name.startswith("COURSE_")}
+QUESTIONS = [row["instruction"] + row["input"] for row in ROWS]
+
+
+def asked(**options):
+    """The first questions of the rows that are chosen."""
+    samples = rows.chosen(Namespace(**({"share": 1.0, "more": 0.0, "repeated": 0} | options)))
+    assert all(sample.messages[0] == rows.SYSTEM for sample in samples)
+    return [sample.messages[1]["content"] for sample in samples]
+
+
+def test_the_rows_are_a_share_of_each_file_and_the_first_ones_are_there_twice():
+    every, half, more = asked(), asked(share=0.5), asked(more=0.1)
+    assert set(QUESTIONS) <= set(every) and len(half) == round(len(every) / 2) and set(half) < set(every)
+    lines = (ROOT / "dataset" / "more_rows.jsonl").read_text("utf-8").splitlines()
+    assert len(more) == len(every) + round(0.1 * len(lines))
+    twice = asked(repeated=100)
+    assert len(twice) == len(every) + 100 and all(twice.count(question) == 2 for question in QUESTIONS[:100])
+    assert twice.count(QUESTIONS[100]) == 1
+
+
+def test_a_batch_has_rows_of_similar_length_and_a_pass_has_each_once():
+    made = [rows.Row(list(range(length)), []) for length in range(1, 161)]
+    several = rows.batches(made, seed=0)
+    batches = [next(several) for _ in range(10)]
+    assert sorted(len(row.ids) for batch in batches for row in batch) == list(range(1, 161))
+    assert all(max(len(row.ids) for row in batch) - min(len(row.ids) for row in batch) == 15 for batch in batches)
+
+
+def test_a_short_run_lowers_the_loss_and_writes_losses_and_answers(tmp_path):
+    out, answers = tmp_path / "rows.jsonl", tmp_path / "answers.json"
+    command = [sys.executable, ROOT / "benchmarks" / "rows.py", "--share", "0.02", "--out", out]
+    for steps in ("1", "12"):
+        more = ["--answers", answers] if steps == "12" else []
+        subprocess.run([*command, "--steps", steps, *more], cwd=ROOT, env=OWN, check=True)
+    first, second = (json.loads(line) for line in out.read_text("utf-8").splitlines())
+    assert second["losses"].keys() == {"situations", "wordings", "second_turns", "third_turns", "taught"}
+    assert second["losses"]["taught"] < first["losses"]["taught"] and second["passes"] > 2
+    said = json.loads(answers.read_text("utf-8"))
+    assert len(said) == 160 and all(row["answer"] and row["asked"][-1]["role"] == "user" for row in said)
