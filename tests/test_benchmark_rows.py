@@ -34,7 +34,7 @@ def test_the_rows_are_a_share_of_each_file_and_the_first_ones_are_there_twice():
 
 
 def test_a_batch_has_rows_of_similar_length_and_a_pass_has_each_once():
-    made = [rows.Row(list(range(length)), []) for length in range(1, 161)]
+    made = [rows.Row(list(range(length)), [], False) for length in range(1, 161)]
     several = rows.batches(made, seed=0)
     batches = [next(several) for _ in range(10)]
     assert sorted(len(row.ids) for batch in batches for row in batch) == list(range(1, 161))
