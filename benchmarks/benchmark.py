@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,88 +149,117 @@ def peaks() -> list[tuple[float, float]]:
     return [pair for pair in found if pair[0] > 0.1]
 
 
-def measure(
-    model: torch.nn.Module,
-    samples: int,
-    passes: int,
-    steps: int,
-    packed: bool,
-    checkpointing: bool,
-    profile: str = "",
-    record: bool = False,
-    free: int = 0,
-) -> dict[str, Any]:
-    """Train on the rows of some steps of `samples` samples in `passes` passes, twice: the first time only warms up.
+@dataclass(frozen=True)
+class Job:
+    """What one measurement trains.
 
-    With `record` three times: in the second each size is recorded as a CUDA graph, and what is timed is replayed.
-    With `free` tokens (`planner.free_tokens`) each pass keeps the activations of as many layers as fit.
+    Attributes:
+        samples: of one optimizer step. passes: that the step is split into.
+        packed: all samples of a pass in one row, as ours; else padded.
+        record: each size of a pass is recorded as a CUDA graph.
+        free: tokens from `planner.free_tokens`: a longer pass keeps the activations of as many layers as fit; 0: none.
+    """
+
+    samples: int
+    passes: int
+    packed: bool
+    checkpointing: bool
+    record: bool = False
+    free: int = 0
+
+    def arguments(self, steps: int) -> TrainingArguments:
+        """`Trainer`'s arguments; nothing is saved or shown."""
+        gpu, world = torch.cuda.is_available(), launched().processes
+        return TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=self.samples // self.passes // world,
+            gradient_accumulation_steps=self.passes,
+            max_steps=steps,
+            learning_rate=1e-4,
+            activation_checkpointing=self.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
+            bf16=gpu,
+            use_cpu=not gpu,
+            ddp_backend="gloo" if world > 1 and not gpu else None,
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            report_to="none",
+        )
+
+    def collator(self) -> Any:
+        """What makes a pass of the samples."""
+        if self.packed:
+            return PackedRows()
+        from tokenizers import Tokenizer, models
+
+        one = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+        return DataCollatorForSeq2Seq(PreTrainedTokenizerFast(tokenizer_object=one, pad_token="<pad>"), padding=True)
+
+
+def job_of(asked: str, facts: dict[str, Any]) -> Job:
+    """The job that `--samples` names, such as `64/2nr`; `facts` are what `planned_for` reads of a row."""
+    numbers = asked.rstrip("fnr")
+    how, (samples, _, passes) = asked.removeprefix(numbers), numbers.partition("/")
+    job = Job(int(samples), int(passes or 1), facts["recipe"] == "ours", "n" not in how, "r" in how)
+    if "f" not in how:
+        return job
+    row = {"samples": job.samples, "passes": job.passes, "recorded": job.record, "checkpointing": True}
+    return replace(job, free=planned_for(facts | row | {"kept_layers": True}).free_tokens)
+
+
+def train_and_profile(trainer: ShardedTrainer, profile: str) -> None:
+    """Train; with a file's name the profiler's table goes there."""
+    if not profile:
+        trainer.train()
+        return
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        trainer.train()
+    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=80)
+    Path(profile).write_text(table, encoding="utf-8")
+
+
+def measure(model: torch.nn.Module, job: Job, steps: int, profile: str = "") -> dict[str, Any]:
+    """Train on the rows of some steps, twice: the first time only warms up.
+
+    Recorded jobs three times: in the second each size is recorded, and what is timed is replayed.
 
     Returns:
         Seconds a step (mean), tokens and samples a second over all GPUs, GiB at most on each GPU.
     """
-    world = launched().processes
-    data, rounds = rows(samples * steps, model.config), 3 if record else 2
-    tokenizer = None
-    if not packed:
-        from tokenizers import Tokenizer, models
-
-        one = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=one, pad_token="<pad>")
-    clock = Clock()
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=samples // passes // world,
-        gradient_accumulation_steps=passes,
-        max_steps=steps * rounds,
-        learning_rate=1e-4,
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if launched().processes > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        remove_unused_columns=False,
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    if not checkpointing:
+    data, clock = rows(job.samples * steps, model.config), Clock()
+    if not job.checkpointing:
         model.get_base_model().gradient_checkpointing_disable()
     for device in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(device)
-    collator = PackedRows() if packed else DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = ShardedTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=[clock])
-    kept = []
+    how = {"args": job.arguments(steps * (3 if job.record else 2)), "data_collator": job.collator()}
+    trainer = ShardedTrainer(model=model, train_dataset=data, callbacks=[clock], **how)
+    kept: list[int] = []
 
     def kept_layers(tokens: int) -> int:
-        kept.append(planner.kept_layers(model.config, free, tokens))
+        kept.append(planner.kept_layers(model.config, job.free, tokens))
         return kept[-1]
 
-    if free:
+    if job.free:
         trainer.kept_layers = kept_layers
-    if record:
+    if job.record:
         trainer.record_steps()
-    if profile:
-        from torch.profiler import ProfilerActivity
-
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            trainer.train()
-        table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=80)
-        Path(profile).write_text(table, encoding="utf-8")
-    else:
-        trainer.train()
+    train_and_profile(trainer, profile)
     seconds = statistics.mean(clock.seconds[-steps:])
     tokens = sum(len(row["input_ids"]) for row in data) / steps
     found = peaks()
     return {
-        "samples": samples,
-        "passes": passes,
-        "checkpointing": checkpointing,
+        "samples": job.samples,
+        "passes": job.passes,
+        "checkpointing": job.checkpointing,
         "step_seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
-        "samples_per_second": round(samples / seconds, 2),
+        "samples_per_second": round(job.samples / seconds, 2),
         "peak_gib": [round(reserved, 1) for reserved, _ in found],
         "allocated_gib": [round(used, 1) for _, used in found],
         "loss": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
@@ -323,33 +353,19 @@ def worker(options: argparse.Namespace) -> None:
             with Path(options.out).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
 
-    for padded, job in jobs if options.samples != "none" else ():
-        numbers = job.rstrip("fnr")
-        how, (samples, _, passes) = job.removeprefix(numbers), numbers.partition("/")
-        record, checkpointing = "r" in how, "n" not in how
+    for padded, asked in jobs if options.samples != "none" else ():
         recipe = "textbook" if textbook else "textbook batches" if padded else "ours"
-        result: dict[str, Any] = {"recipe": recipe} | facts | ({"recorded": True} if record else {})
+        job = job_of(asked, facts | {"recipe": recipe})
+        result: dict[str, Any] = {"recipe": recipe} | facts | ({"recorded": True} if job.record else {})
         model.get_base_model().set_attn_implementation("sdpa" if padded else "packed")
-        planned = facts | {"recipe": recipe, "samples": int(samples), "passes": int(passes or 1), "recorded": record}
-        free = planned_for(planned | {"checkpointing": True, "kept_layers": True}).free_tokens if "f" in how else 0
         try:
-            result |= measure(
-                model,
-                int(samples),
-                int(passes or 1),
-                options.steps,
-                not padded,
-                checkpointing,
-                options.profile,
-                record,
-                free,
-            )
+            result |= measure(model, job, options.steps, options.profile)
             if config.num_hidden_layers == AIR.num_hidden_layers:
                 result["share_of_limit"] = round(result["tokens_per_second"] * FLOP_A_TOKEN / devices / rate, 3)
         except torch.OutOfMemoryError as error:
             if launched().processes > 1:
                 raise  # the other processes wait for this one
-            result |= {"samples": int(samples), "failed": str(error).splitlines()[0][:120]}
+            result |= {"samples": job.samples, "failed": str(error).splitlines()[0][:120]}
         note(result)
         model.zero_grad(set_to_none=True)
         gc.collect()  # what shared the gradients among the processes holds a copy of them

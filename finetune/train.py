@@ -293,6 +293,30 @@ def loaded(options: Options, plan: planner.Plan, folder: Path) -> Any:
     return load_model(folder, plan.recipe.load_in_4bit)
 
 
+def made_trainer(
+    model: Any, arguments: TrainingArguments, rows: Any, held_out: dict[str, Any], plan: planner.Plan
+) -> ShardedTrainer:
+    """The trainer of a plan, with SwanLab's record; it keeps the activations that fit in every process."""
+    course = utils.settings()
+    folder = model_folder(course)
+    settings = {"model": utils.shown(folder), "lora_r": plan.recipe.lora_rank}
+    trainer = ShardedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=PackedRows(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[Progress(), *swanlab_callback(course, settings)],
+    )
+    free = min(resume.in_every_process(plan.free_tokens))
+    trainer.kept_layers = partial(planner.kept_layers, model.config, free)
+    trainer.remove_callback(PrinterCallback)
+    if plan.recipe.recorded:
+        trainer.record_steps()
+    return trainer
+
+
 def train(options: Options) -> Trainer:
     """Plan, load, attach, train, save: sections 2 to 14 of notebook 05.
 
@@ -327,21 +351,7 @@ def train(options: Options) -> Trainer:
     arguments.per_device_eval_batch_size = min(resume.in_every_process(plan.eval_batch_size))
     facts = made_with(plan, arguments, len(rows), adapter.lora_alpha)
     checkpoint = resume.found_by_first(lambda: resume.start_or_resume(run_folder, course, facts))
-    recorded = {"model": utils.shown(folder), "lora_r": plan.recipe.lora_rank}
-    trainer = ShardedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=parts,
-        data_collator=PackedRows(),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[Progress(), *swanlab_callback(course, recorded)],
-    )
-    free = min(resume.in_every_process(plan.free_tokens))
-    trainer.kept_layers = partial(planner.kept_layers, model.config, free)
-    trainer.remove_callback(PrinterCallback)
-    if plan.recipe.recorded:
-        trainer.record_steps()
+    trainer = made_trainer(model, arguments, rows, parts, plan)
     begun = time.time()
     with resume.stoppable(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
