@@ -100,6 +100,14 @@ def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
+def at_strength(model: Any, strength: float, whole: dict[str, torch.Tensor]) -> None:
+    """Multiply every update B A by `strength`: 0 is the base, 1 the trained adapter; `whole` has the trained B."""
+    for name, parameter in model.named_parameters():
+        if name in whole:
+            parameter.copy_(strength * whole[name])
+
+
+@torch.no_grad()
 def answered(model: Any, tokenizer: Any, name: str) -> list[dict[str, Any]]:
     """Greedy answers to the questions of the sets for readers."""
     rows: list[dict[str, Any]] = []
@@ -127,6 +135,7 @@ def main() -> None:
     parse.add_argument("--dropout", type=float, default=0.0)
     parse.add_argument("--rank", type=int, default=8)
     parse.add_argument("--seed", type=int, default=42)
+    parse.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="of the adapter, when it is measured")
     parse.add_argument("--out", type=Path, default=Path("output/rows.jsonl"))
     parse.add_argument("--answers", type=Path, help="write its answers to this file")
     options = parse.parse_args()
@@ -141,17 +150,22 @@ def main() -> None:
     model.eval()
     held_out = {kind: found for kind, found in reference_rows(tokenizer, HELD_OUT).items() if kind in PERSONA}
     held_out["taught"] = encoded(tokenizer, {"rows": conversations("heldout.json")})["rows"]
-    run = {name: value for name, value in vars(options).items() if name not in ("out", "answers")}
+    run = {name: value for name, value in vars(options).items() if name not in ("out", "answers", "strengths")}
     run |= {"rows": len(rows), "passes": round(options.steps * BATCH / len(rows), 2), "training": round(loss, 3)}
-    run |= {"losses": losses_by_source(model.get_base_model(), held_out), "seconds": round(time.time() - started)}
-    run["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    run |= {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
-    print(json.dumps(run))
-    if options.answers:
-        said = answered(model, tokenizer, options.answers.stem)
-        options.answers.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
+    whole = {name: b.detach().clone() for name, b in model.named_parameters() if "lora_B" in name}
+    said: list[dict[str, Any]] = []
+    for strength in options.strengths:
+        at_strength(model, strength, whole)
+        losses = losses_by_source(model.get_base_model(), held_out)
+        measured = run | {"strength": strength, "losses": losses, "seconds": round(time.time() - started)}
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(measured) + "\n")
+        print(json.dumps(measured))
+        if options.answers:
+            said += answered(model, tokenizer, f"{options.answers.stem}, strength {strength}")
+            options.answers.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ def test_a_short_run_lowers_the_loss_and_writes_losses_and_answers(tmp_path):
     out, answers = tmp_path / "rows.jsonl", tmp_path / "answers.json"
     command = [sys.executable, ROOT / "benchmarks" / "rows.py", "--share", "0.02", "--out", out]
     for steps in ("1", "12"):
-        more = ["--answers", answers] if steps == "12" else []
+        more = ["--answers", answers, "--strengths", "1", "0"] if steps == "12" else []
         subprocess.run([*command, "--steps", steps, *more], cwd=ROOT, env=OWN, check=True)
-    first, second = (json.loads(line) for line in out.read_text("utf-8").splitlines())
+    first, second, base = (json.loads(line) for line in out.read_text("utf-8").splitlines())
     assert second["losses"].keys() == {"situations", "wordings", "second_turns", "third_turns", "taught"}
     assert second["losses"]["taught"] < first["losses"]["taught"] and second["passes"] > 2
     said = json.loads(answers.read_text("utf-8"))
-    assert len(said) == 160 and all(row["answer"] and row["asked"][-1]["role"] == "user" for row in said)
+    assert base["strength"] == 0 and base["losses"]["taught"] > second["losses"]["taught"]
+    assert len(said) == 320 and all(row["answer"] and row["asked"][-1]["role"] == "user" for row in said)
