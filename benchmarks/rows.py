@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ import utils
 utils.start()  # before torch is imported
 
 import torch
-import torch.nn.functional as F
 from chat_tune import PERSONA_PROMPT, losses_by_source, messages_of, pad, reference_rows
+from peft.tuners.lora import LoraLayer
 from samples import IGNORED, PERSONA, Row, Sample, encoded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import training
 from course.rows import load_rows
 from finetune import lora
-from training import summed_loss
+from finetune.packing import SimilarLengths
 
-BATCH, WARMUP, POOL = 16, 0.05, 50  # samples of a step; share of the steps; batches that are sorted by length together
+BATCH, WARMUP = 16, 0.05  # samples of a step; share of the steps
 SYSTEM = {"role": "system", "content": PERSONA_PROMPT}
 DATA, HELD_OUT = ROOT / "dataset", ROOT / "models" / "recipe" / "heldout"
 
@@ -58,24 +59,12 @@ def chosen(options: argparse.Namespace) -> list[Sample]:
 
 
 def batches(rows: list[Row], seed: int) -> Iterator[list[Row]]:
-    """Batches without end, pass after pass."""
-    draw = random.Random(seed)
-    while True:
-        order = draw.sample(rows, len(rows))
-        pools = [
-            sorted(order[i : i + POOL * BATCH], key=lambda row: len(row.ids))
-            for i in range(0, len(order), POOL * BATCH)
-        ]
-        made = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool), BATCH)]
-        draw.shuffle(made)
-        yield from made
-
-
-def add_dropout(model: Any, share: float) -> None:
-    """Dropout behind attention and MLP of each layer, where peft allows none."""
-    for layer in model.get_base_model().model.layers if share else ():
-        for module in (layer.self_attn.o_proj, layer.mlp):
-            module.register_forward_hook(lambda module, inputs, output: F.dropout(output, share, module.training))
+    """Batches without end, pass after pass, in notebook 05's order."""
+    order = SimilarLengths([len(row.ids) for row in rows], BATCH, seed)
+    for epoch in count():
+        order.set_epoch(epoch)
+        numbers = list(order)
+        yield from ([rows[i] for i in numbers[at : at + BATCH]] for at in range(0, len(numbers), BATCH))
 
 
 def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
@@ -84,13 +73,11 @@ def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
     for step, batch in zip(range(1, options.steps + 1), batches(rows, options.seed), strict=False):
-        done = step / options.steps
-        falling = 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
         for group in optimizer.param_groups:
-            group["lr"] = options.rate * (done / WARMUP if done < WARMUP else falling)
+            group["lr"] = options.rate * training.cosine(step / options.steps, WARMUP, 0.0)
         ids, labels = pad(batch, base.config.pad_token_id, max(len(row.ids) for row in batch))
         ids, labels = ids.to(base.device), labels.to(base.device)
-        loss = summed_loss(base, ids, labels) / (labels != IGNORED).sum()
+        loss = training.summed_loss(base, ids, labels) / (labels != IGNORED).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -99,12 +86,11 @@ def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
     return running / (1 - 0.95**options.steps)
 
 
-@torch.no_grad()
-def at_strength(model: Any, strength: float, whole: dict[str, torch.Tensor]) -> None:
-    """Multiply every update B A by `strength`: 0 is the base, 1 the trained adapter; `whole` has the trained B."""
-    for name, parameter in model.named_parameters():
-        if name in whole:
-            parameter.copy_(strength * whole[name])
+def at_strength(model: Any, strength: float) -> None:
+    """Multiply every update B A by `strength`: 0 is the base, 1 the trained adapter."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", strength)
 
 
 @torch.no_grad()
@@ -145,7 +131,7 @@ def main() -> None:
     rows = encoded(tokenizer, {"rows": chosen(options)})["rows"]
     model = AutoModelForCausalLM.from_pretrained(utils.BUNDLED, dtype=torch.float32).to(device)
     model = lora.attach(model, lora.lora_config(options.rank))
-    add_dropout(model, options.dropout)
+    training.add_dropout(model.get_base_model(), options.dropout)
     loss = train(model.train(), rows, options)
     model.eval()
     held_out = {kind: found for kind, found in reference_rows(tokenizer, HELD_OUT).items() if kind in PERSONA}
@@ -154,10 +140,9 @@ def main() -> None:
     run |= {"rows": len(rows), "passes": round(options.steps * BATCH / len(rows), 2), "training": round(loss, 3)}
     run |= {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: b.detach().clone() for name, b in model.named_parameters() if "lora_B" in name}
     said: list[dict[str, Any]] = []
     for strength in options.strengths:
-        at_strength(model, strength, whole)
+        at_strength(model, strength)
         losses = losses_by_source(model.get_base_model(), held_out)
         measured = run | {"strength": strength, "losses": losses, "seconds": round(time.time() - started)}
         with options.out.open("a", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ __all__ = ["ROLE_PLAY", "AverageRows", "Plan", "RealRows", "Recipe", "Rows", "pl
 
 FULL = 0.97  # of a device's memory that a plan may take
 CAUTION = 1.2  # by so much more than counted the activations of a pass may be, where only some layers keep them
-FEWEST = 0.25  # of the layers; to keep the activations of fewer gained nothing that was measured
+FEWEST = 0.25  # of the layers; where fewer fitted, 2 % were gained or 4 % lost
 EVAL_BATCH_SIZES = (40, 20, 10, 5, 2, 1)  # rows that an evaluation may read at once; the first that fits is taken
 
 
