@@ -28,7 +28,7 @@ utils.start()  # before torch is imported
 
 import torch
 from chat_tune import PERSONA_PROMPT, losses_by_source, messages_of, pad, reference_rows
-from peft.tuners.lora import LoraLayer
+from peft.helpers import rescale_adapter_scale
 from samples import IGNORED, PERSONA, Row, Sample, encoded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,13 +86,6 @@ def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
     return running / (1 - 0.95**options.steps)
 
 
-def at_strength(model: Any, strength: float) -> None:
-    """Multiply every update B A by `strength`: 0 is the base, 1 the trained adapter."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.set_scale("default", strength)
-
-
 @torch.no_grad()
 def answered(model: Any, tokenizer: Any, name: str) -> list[dict[str, Any]]:
     """Greedy answers to the questions of the sets for readers."""
@@ -142,15 +135,15 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     said: list[dict[str, Any]] = []
     for strength in options.strengths:
-        at_strength(model, strength)
-        losses = losses_by_source(model.get_base_model(), held_out)
+        with rescale_adapter_scale(model, strength):  # 0 is the base, 1 the trained adapter
+            losses = losses_by_source(model.get_base_model(), held_out)
+            if options.answers:
+                said += answered(model, tokenizer, f"{options.answers.stem}, strength {strength}")
+                options.answers.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
         measured = run | {"strength": strength, "losses": losses, "seconds": round(time.time() - started)}
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(measured) + "\n")
         print(json.dumps(measured))
-        if options.answers:
-            said += answered(model, tokenizer, f"{options.answers.stem}, strength {strength}")
-            options.answers.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

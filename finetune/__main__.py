@@ -103,7 +103,10 @@ def parser() -> Parser:
         one.add_argument("--seed", type=int, default=42)
     one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
     one.add_argument("--history", action=argparse.BooleanOptionalAction, default=True, help="keep earlier turns")
-    one.add_argument("--beams", type=int, default=1, help="more than 1: beam search in the place of greedy decoding")
+    one.add_argument(
+        "--beams", type=above_0, help="1: greedy; more: beam search. 4 for a small model, 1 for a large one"
+    )
+    one.add_argument("--strength", type=float, help="multiplies the adapter's update. 0.7 for a small model, else 1")
     evaluated, reported = "base and adapter on questions never trained on", "write a page of results"
     for name, text in (("evaluate", evaluated), ("report", reported)):
         one = commands.add_parser(name, help=text, parents=[common], **how)
@@ -152,7 +155,7 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.command == "train":
         train.train(options_of(chosen))
     elif chosen.command == "chat":
-        chat.chat(chosen.load_in_4bit, chosen.history, chosen.beams)
+        chat.chat(chosen.load_in_4bit, chosen.history, chosen.beams, chosen.strength)
     elif chosen.command == "evaluate":
         from finetune import evaluate
 

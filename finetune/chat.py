@@ -7,15 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from peft.helpers import rescale_adapter_scale
+from transformers import AutoTokenizer, LogitsProcessorList
 from transformers.utils import logging
 
 import utils
 from course.language import say
 from course.model_folder import model_folder
 from finetune import lora
-from finetune.decode import Decoder
+from finetune.config import is_small
+from finetune.decode import Decoder, NoRepeatInAnswer
 from finetune.model import load_model
+
+#: How a small model answers in a chat (notebook 06, section 9); a large one greedily, at full strength.
+BEAMS, STRENGTH = 4, 0.7
 
 
 class Persona:
@@ -23,13 +28,14 @@ class Persona:
 
     Args:
         load_in_4bit: hold the base in 4 bits. history: keep earlier turns in the prompt, as in the
-            conversations of training. beams: 1 for greedy decoding, more for beam search.
+            conversations of training. beams: 1 for greedy decoding, more for beam search,
+            in which no pair of tokens comes twice in an answer. strength: multiplies the adapter's update.
 
     Raises:
         CourseError: no trained adapter yet, or one of another model.
     """
 
-    def __init__(self, load_in_4bit: bool = False, history: bool = True, beams: int = 1) -> None:
+    def __init__(self, load_in_4bit: bool = False, history: bool = True, beams: int = 1, strength: float = 1.0) -> None:
         course = utils.settings()
         run_folder = utils.require(course.output / "lora", "05_lora_training", course)
         logging.disable_progress_bar()
@@ -39,7 +45,8 @@ class Persona:
         base = load_model(folder, load_in_4bit, attention="sdpa")
         self.model = lora.load_adapter(base, run_folder / "adapter").eval()
         self.model.config.use_cache = True
-        self.history, self.beams, self.turns = history, beams, []
+        self.history, self.beams, self.strength = history, beams, strength
+        self.turns: list[dict[str, str]] = []
         self.decoder = Decoder(self.model)
 
     def prompt(self, question: str) -> list[int]:
@@ -67,17 +74,20 @@ class Persona:
             CourseError: the conversation has become too long.
         """
         ids, said = self.prompt(question), ""
-        if self.beams == 1:
-            for said in self.decoder.texts(self.tokenizer, ids, max_new_tokens):
-                yield said
-        else:
-            yield (said := self._searched(ids, max_new_tokens))
+        with rescale_adapter_scale(self.model, self.strength):
+            if self.beams == 1:
+                for said in self.decoder.texts(self.tokenizer, ids, max_new_tokens):
+                    yield said
+            else:
+                yield (said := self._searched(ids, max_new_tokens))
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
 
     def _searched(self, ids: list[int], max_new_tokens: int) -> str:
-        """The most likely answer that beam search finds."""
+        """The most likely answer that beam search finds, among those without a pair of tokens twice."""
+        self.decoder.require_room(ids)
         prompt = torch.tensor([ids], device=self.model.device)
         how = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": max_new_tokens, "do_sample": False}
+        how["logits_processor"] = LogitsProcessorList([NoRepeatInAnswer(2, start=len(ids))])
         with torch.no_grad():
             out = self.model.generate(input_ids=prompt, num_beams=self.beams, **how)[0, len(ids) :]
         return self.tokenizer.decode(out, skip_special_tokens=True).strip()
@@ -88,9 +98,18 @@ class Persona:
         return said
 
 
-def chat(load_in_4bit: bool = False, history: bool = True, beams: int = 1) -> None:
-    """Ask and answer until an empty line, or the end of the input."""
-    persona = Persona(load_in_4bit, history, beams)
+def chat(
+    load_in_4bit: bool = False, history: bool = True, beams: int | None = None, strength: float | None = None
+) -> None:
+    """Ask and answer until an empty line, or the end of the input.
+
+    Args:
+        beams, strength: as for `Persona`; None takes what suits the size of the model.
+    """
+    persona = Persona(load_in_4bit, history)
+    usual = (BEAMS, STRENGTH) if is_small(persona.model.config) else (1, 1.0)
+    persona.beams = usual[0] if beams is None else beams
+    persona.strength = usual[1] if strength is None else strength
     print(say("Ask a question; an empty line ends the conversation."))
     while question := _line():
         shown = ""

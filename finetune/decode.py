@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import StaticCache
+from transformers import NoRepeatNGramLogitsProcessor, StaticCache
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from course.language import say
@@ -79,12 +79,11 @@ class Decoder:
             self._read(self.token, self.position)
         return graph
 
-    @torch.no_grad()
-    def tokens(self, ids: list[int], most: int = 256) -> Iterator[int]:
-        """The tokens of the answer, one by one; the last is one that ends an answer, unless `most` came first.
+    def require_room(self, ids: list[int]) -> None:
+        """Stop before a prompt that leaves no room for an answer.
 
         Raises:
-            CourseError: the conversation leaves no room for an answer.
+            CourseError: it has as many tokens as there is room for, or more.
         """
         if len(ids) >= self.length:
             raise CourseError(
@@ -94,6 +93,15 @@ class Decoder:
                     length=self.length,
                 )
             )
+
+    @torch.no_grad()
+    def tokens(self, ids: list[int], most: int = 256) -> Iterator[int]:
+        """The tokens of the answer, one by one; the last is one that ends an answer, unless `most` came first.
+
+        Raises:
+            CourseError: the conversation leaves no room for an answer.
+        """
+        self.require_room(ids)
         self.cache.reset()
         device, ends = self.token.device, ending_tokens(self.model)
         self._read(torch.tensor([ids], device=device), torch.arange(len(ids), device=device)[None])
@@ -115,6 +123,22 @@ class Decoder:
                 yield (said := text)
         if not said:
             yield ""
+
+
+class NoRepeatInAnswer(NoRepeatNGramLogitsProcessor):
+    """No run of `ngram_size` tokens twice in an answer; unlike `no_repeat_ngram_size`, the prompt may be repeated.
+
+    Args:
+        start: tokens of the prompt, with its padding.
+    """
+
+    def __init__(self, ngram_size: int, start: int) -> None:
+        super().__init__(ngram_size)
+        self.start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (answers, vocabulary) with minus infinity at every token that would complete a run said before."""
+        return super().__call__(input_ids[:, self.start :], scores)
 
 
 def ending_tokens(model: Any) -> Collection[int]:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import utils
 from finetune import lora
-from finetune.decode import Decoder
+from finetune.decode import Decoder, NoRepeatInAnswer
 from finetune.model import load_model
 
 
@@ -111,3 +111,12 @@ def test_a_character_of_several_tokens_appears_when_it_is_whole(tokenizer):
 def test_an_empty_answer_is_one_empty_text(tokenizer, said):
     tokens = tokenizer.convert_tokens_to_ids(said)
     assert list(Decoder.texts(Says(tokens), tokenizer, [])) == [""]
+
+
+def test_no_pair_of_tokens_comes_twice_in_an_answer_while_the_prompt_may_be_repeated():
+    no_pair_twice = NoRepeatInAnswer(2, start=3)
+    said = torch.tensor([[4, 5, 9, 6, 7, 8, 6], [4, 5, 9, 4, 4, 4, 4], [4, 5, 9, 6, 7, 8, 4]])
+    scores = no_pair_twice(said, torch.zeros(3, 10))
+    forbidden = [set(row.isinf().nonzero().flatten().tolist()) for row in scores]
+    assert forbidden == [{7}, {4}, set()]  # 4 5 is in the last prompt, so it may be said once
+    assert not no_pair_twice(said[:, :3], torch.zeros(3, 10)).isinf().any()  # nothing has been said yet

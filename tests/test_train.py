@@ -491,16 +491,60 @@ def test_the_answer_is_printed_while_it_grows(command, one_process, monkeypatch)
     asked, printed = iter(["你是谁？", ""]), []
     monkeypatch.setattr("builtins.input", lambda _: next(asked))
     monkeypatch.setattr(chat, "print", lambda *parts, **how: printed.append("".join(map(str, parts))), raising=False)
-    assert command("chat", output=one_process)[0] == 0
+    assert command("chat", "--beams", "1", "--strength", "1", output=one_process)[0] == 0
     monkeypatch.setenv("COURSE_OUTPUT", str(one_process))
     assert len(printed) > 4 and "".join(printed[1:]) == chat.Persona().answer("你是谁？")
 
 
-def test_a_conversation_that_has_become_too_long_begins_anew(command, one_process, monkeypatch):
+@pytest.fixture
+def persona(one_process, data, monkeypatch):
+    """The bundled model with the adapter of a run."""
+    for name, value in {"COURSE_OUTPUT": one_process, "COURSE_DATA": data}.items():
+        monkeypatch.setenv(name, str(value))
+    return chat.Persona(history=False)
+
+
+def test_at_strength_0_the_base_answers_and_afterwards_the_adapter_is_whole_again(persona):
+    whole = persona.answer("你是谁？")
+    with persona.model.disable_adapter():
+        base = persona.answer("你是谁？")
+    persona.strength = 0.0
+    assert persona.answer("你是谁？") == base != whole
+    persona.strength = 1.0
+    assert persona.answer("你是谁？") == whole
+
+
+def test_beam_search_is_that_of_transformers_without_a_pair_of_tokens_twice(persona, monkeypatch):
+    persona.beams, given, generate = 3, {}, persona.model.generate
+
+    def noted(**how):
+        given.update(how)
+        return generate(**how)
+
+    monkeypatch.setattr(persona.model, "generate", noted)
+    assert persona.answer("小主，下雪了，满院子都白了。", 24)
+    (rule,) = given["logits_processor"]
+    assert given["num_beams"] == 3 and rule.ngram_size == 2 and rule.start == given["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [([], (4, 0.7)), (["--beams", "2"], (2, 0.7)), (["--strength", "0.5"], (4, 0.5))]
+)
+def test_in_a_chat_a_small_model_answers_as_notebook_06_recommends(command, one_process, monkeypatch, flags, wanted):
+    asked, used = iter(["你是谁？", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    monkeypatch.setattr(
+        chat.Persona, "texts", lambda self, _: used.append((self.beams, self.strength)) or iter(["好。"])
+    )
+    assert command("chat", *flags, output=one_process)[0] == 0 and used == [wanted]
+
+
+@pytest.mark.parametrize("beams", ["1", "2"])
+def test_a_conversation_that_has_become_too_long_begins_anew(command, one_process, monkeypatch, beams):
     asked, begin = iter(["你是谁？", "你累吗？", ""]), decode.Decoder.__init__
     monkeypatch.setattr("builtins.input", lambda _: next(asked))
     monkeypatch.setattr(decode.Decoder, "__init__", lambda self, model: begin(self, model, length=30))
-    status, printed, complaint = command("chat", output=one_process)
+    status, printed, complaint = command("chat", "--beams", beams, output=one_process)
     first, second = printed.splitlines()[1:]
     assert status == 0 and not complaint
     assert first and "there is room for 30" in second

@@ -18,7 +18,6 @@ import json
 import random
 import sys
 from collections import defaultdict
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CRITERIA = ("role", "point", "sense", "address")
-BEAMS = 4
+#: Who answers: base or adapter, the beams, the adapter's strength. The last is how the chat answers.
+AUTHORS = (("adapter", 1, 1.0), ("base", 1, 1.0), ("adapter", 4, 1.0), ("base", 4, 1.0), ("adapter", 4, 0.7))
 #: Sets in which nobody is played: an answer is good if it is to the point and makes sense.
 PLAIN_SETS = ("everyday", "everyday_turns", "thinking")
 #: What the sheet puts before a turn.
@@ -47,18 +47,19 @@ def held_out() -> dict[str, list[list[dict[str, str]]]]:
 
 
 def ask(target: Path, load_in_4bit: bool = False) -> None:
-    """What base and adapter answer to every held-out question, by greedy decoding and by beam search."""
+    """What base and adapter answer to every held-out question: greedily, by beam search, and as in the chat."""
     from finetune.chat import Persona
 
     persona = Persona(load_in_4bit, history=True)
     rows = []
     for name, conversations in held_out().items():
         for messages in conversations:
-            for author, persona.beams in product(("adapter", "base"), (1, BEAMS)):
+            for author, persona.beams, persona.strength in AUTHORS:
                 with persona.model.disable_adapter() if author == "base" else contextlib.nullcontext():
                     persona.turns = messages[:-1]
                     said = persona.answer(messages[-1]["content"])
-                by = f"{author}, {BEAMS} beams" if persona.beams > 1 else author
+                by = f"{author} at {persona.strength}" if persona.strength < 1 else author
+                by += f", {persona.beams} beams" if persona.beams > 1 else ""
                 rows.append({"set": name, "author": by, "asked": messages, "answer": said})
     target.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(len(rows), "answers in", target)
