@@ -59,7 +59,7 @@ def ask(target: Path, load_in_4bit: bool = False) -> None:
                     persona.turns = messages[:-1]
                     said = persona.answer(messages[-1]["content"])
                 by = f"{author} at {persona.strength}" if persona.strength < 1 else author
-                by += f", {persona.beams} beams" if persona.beams > 1 else ""
+                by += f", {persona.beams} beams, no pair twice" if persona.beams > 1 else ""
                 rows.append({"set": name, "author": by, "asked": messages, "answer": said})
     target.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(len(rows), "answers in", target)
