@@ -234,7 +234,7 @@ def test_the_figures_are_those_of_the_readme_and_of_notebook_06():
     expected, svg = readme_tables()[1], root("before_after.svg")
     assert {texts(group)[0]: texts(group, "value") for group in groups(svg, "figure")} == expected
     run = "".join("".join(o.get("text", "")) for c in cells(NOTEBOOKS[5], "code") for o in c["outputs"])
-    stored = re.findall(r"^(?:loss \(|stops by|in role, by|equals the).*?  +(\S+) +(\S+)$", run, re.MULTILINE)
+    stored = re.findall(r"^(?:loss \(|stops by|in role, by|equals the).*?  +([\d.]+%?) +([\d.]+%?)$", run, re.MULTILINE)
     names = list(expected)
     for number, (base, adapter) in enumerate(stored[: 2 * len(names)]):  # the README has two of the five sets
         which, name = divmod(number, len(names))
