@@ -33,6 +33,8 @@ CHINESE = ["03_dataset", "04_chat_template", "05_lora_training", "06_inference",
 LONG = ("05_lora_training", "06_inference", "07_failure_lab", "08_full_size")
 #: What takes the minutes in those of the Chinese series: from the first cell up to the second, which stays.
 LONG_CELLS = {"05_lora_training": ("05-40", "05-08"), "06_inference": ("06-23b", "06-49")}
+#: Quick cells among those, whose rule against repetition and whose import the chat uses.
+QUICK_CELLS = {"05_lora_training": (), "06_inference": ("06-46i", "06-46m", "06-46r")}
 #: Cells behind these that use what they make (figures for the report, an exercise), and the merged model.
 USE_THEM = {"05_lora_training": (), "06_inference": ("06-55", "06-57", "06-58", "06-68", "06-69")}
 ALL = bool(os.environ.get("BROWSER_LONG"))
@@ -48,8 +50,8 @@ def shorten(path: Path, name: str) -> None:
     notebook = nbformat.read(path, as_version=4)
     ids = [cell.id for cell in notebook.cells]
     first, end = map(ids.index, LONG_CELLS[name])
-    gone = {*ids[first:end], *USE_THEM[name]}
-    assert gone <= set(ids)
+    gone = {*ids[first:end], *USE_THEM[name]} - {*QUICK_CELLS[name]}
+    assert {*USE_THEM[name], *QUICK_CELLS[name]} <= set(ids)
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or cell.id not in gone]
     nbformat.write(notebook, path)
 
