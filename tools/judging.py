@@ -25,8 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CRITERIA = ("role", "point", "sense", "address")
-#: Who answers: base or adapter, the beams, the adapter's strength. The last is how the chat answers.
-AUTHORS = (("adapter", 1, 1.0), ("base", 1, 1.0), ("adapter", 4, 1.0), ("base", 4, 1.0), ("adapter", 4, 0.7))
 #: Sets in which nobody is played: an answer is good if it is to the point and makes sense.
 PLAIN_SETS = ("everyday", "everyday_turns", "thinking")
 #: What the sheet puts before a turn.
@@ -48,13 +46,15 @@ def held_out() -> dict[str, list[list[dict[str, str]]]]:
 
 def ask(target: Path, load_in_4bit: bool = False) -> None:
     """What base and adapter answer to every held-out question: greedily, by beam search, and as in the chat."""
-    from finetune.chat import Persona
+    from finetune.chat import BEAMS, STRENGTH, Persona
 
+    authors = [(author, beams, 1.0) for beams in (1, BEAMS) for author in ("adapter", "base")]
+    authors.append(("adapter", BEAMS, STRENGTH))
     persona = Persona(load_in_4bit, history=True)
     rows = []
     for name, conversations in held_out().items():
         for messages in conversations:
-            for author, persona.beams, persona.strength in AUTHORS:
+            for author, persona.beams, persona.strength in authors:
                 with persona.model.disable_adapter() if author == "base" else contextlib.nullcontext():
                     persona.turns = messages[:-1]
                     said = persona.answer(messages[-1]["content"])
