@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ class Persona:
             CourseError: the conversation has become too long.
         """
         ids, said = self.prompt(question), ""
-        with rescale_adapter_scale(self.model, self.strength):
+        # A merged model has no adapter to scale, and answers at full strength.
+        scaled = nullcontext() if self.strength == 1 else rescale_adapter_scale(self.model, self.strength)
+        with scaled:
             if self.beams == 1:
                 for said in self.decoder.texts(self.tokenizer, ids, max_new_tokens):
                     yield said
