@@ -57,16 +57,18 @@ from finetune.parallel import launched
 from finetune.train import ShardedTrainer
 
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
+#: So many tokens all rows begin with: of a system prompt as long as the shortest row of `LENGTHS` leaves room for.
+SHARED = 12
 FLOP_A_TOKEN = 48e9  # forward and backward through 12 B active parameters, none of their gradients: 4 x 12 B
 
 
 def rows(count: int, config: Any, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Samples of random tokens, as long as role-play samples are; the prompt is masked."""
+    """Samples of random tokens, as long as role-play samples are, with one system prompt; the prompt is masked."""
     draw = random.Random(seed)
-    made = []
+    system, made = [draw.randrange(config.vocab_size) for _ in range(SHARED)], []
     for _ in range(count):
         prompt, answer = draw.choice(LENGTHS)
-        ids = [draw.randrange(config.vocab_size) for _ in range(prompt + answer)]
+        ids = system + [draw.randrange(config.vocab_size) for _ in range(prompt + answer - SHARED)]
         made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + ids[prompt:]})
     return made
 
@@ -158,6 +160,7 @@ class Job:
         packed: all samples of a pass in one row, as ours; else padded.
         record: each size of a pass is recorded as a CUDA graph.
         free: tokens from `planner.free_tokens`: a longer pass keeps the activations of as many layers as fit; 0: none.
+        shared: tokens that all samples begin with are computed once a pass.
     """
 
     samples: int
@@ -166,6 +169,7 @@ class Job:
     checkpointing: bool
     record: bool = False
     free: int = 0
+    shared: bool = False
 
     def arguments(self, steps: int) -> TrainingArguments:
         """`Trainer`'s arguments; nothing is saved or shown."""
@@ -193,7 +197,7 @@ class Job:
     def collator(self) -> Any:
         """What makes a pass of the samples."""
         if self.packed:
-            return PackedRows()
+            return PackedRows(SHARED if self.shared else 0)
         from tokenizers import Tokenizer, models
 
         one = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
@@ -202,12 +206,14 @@ class Job:
 
 def job_of(asked: str, facts: dict[str, Any]) -> Job:
     """The job that `--samples` names, such as `64/2nr`; `facts` are what `planned_for` reads of a row."""
-    numbers = asked.rstrip("fnr")
+    numbers = asked.rstrip("fnrs")
     how, (samples, _, passes) = asked.removeprefix(numbers), numbers.partition("/")
-    job = Job(int(samples), int(passes or 1), facts["recipe"] == "ours", "n" not in how, "r" in how)
+    ours = facts["recipe"] == "ours"
+    job = Job(int(samples), int(passes or 1), ours, "n" not in how, "r" in how, shared=ours and "s" in how)
     if "f" not in how:
         return job
     row = {"samples": job.samples, "passes": job.passes, "recorded": job.record, "checkpointing": True}
+    row |= {"shared": SHARED} if job.shared else {}
     return replace(job, free=planned_for(facts | row | {"kept_layers": True}).free_tokens)
 
 
@@ -263,7 +269,7 @@ def measure(model: torch.nn.Module, job: Job, steps: int, profile: str = "") -> 
         "peak_gib": [round(reserved, 1) for reserved, _ in found],
         "allocated_gib": [round(used, 1) for _, used in found],
         "loss": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
-    } | ({"kept_layers": [min(kept), max(kept)]} if kept else {})
+    } | ({"kept_layers": [min(kept), max(kept)]} if kept else {}) | ({"shared": SHARED} if job.shared else {})
 
 
 @torch.no_grad()
@@ -391,6 +397,7 @@ def table(path: Path) -> str:
         if "kept_layers" in row:
             kept = f", those of {row['kept_layers'][0]} to {row['kept_layers'][1]} layers kept"
         kept += ", recorded" if row.get("recorded") else ""
+        kept += f", {row['shared']} tokens shared" if row.get("shared") else ""
         share = f"{row['share_of_limit']:.1%}" if "share_of_limit" in row else ""
         cells = (f"{row['gpus']} x {row['gpu']}", row["layers"], row["recipe"], "4-bit" if row["bits"] == 4 else "bf16")
         cells += (f"{row['samples']}{passes}{kept}", f"{row['step_seconds']:.2f}", f"{row['tokens_per_second']:,.0f}")
@@ -418,6 +425,8 @@ def planned_for(row: dict[str, Any], rows: planner.Rows = planner.ROLE_PLAY) -> 
     )
     gpus = row.get("gpus", 1)
     machine = Machine(gpus, CARDS[card].gib if card else 0.0, card, 128, 1000)
+    if row.get("shared"):
+        rows = replace(rows, shared=row["shared"])
     return planner.plan(config, recipe, rows, machine, 1 if recipe.baseline else gpus, advise=False)
 
 
@@ -431,7 +440,8 @@ def main() -> int:
     parse.add_argument("--rank", type=int, default=8)
     parse.add_argument(
         "--samples",
-        help="samples a step, or samples/passes; n behind it: no checkpointing, f: keep what fits, r: recorded; none",
+        help="samples a step, or samples/passes; n behind it: no checkpointing, f: keep what fits, r: recorded, "
+        "s: the tokens of the system prompt once a pass; none",
     )
     parse.add_argument("--steps", type=int, default=4)
     parse.add_argument("--processes", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")

@@ -79,6 +79,17 @@ def above_0(text: str) -> int:
     return int(text)
 
 
+def strength(text: str) -> float:
+    """How much of an adapter's update is used, as argparse takes it: 0 is the base, 1 the adapter as trained."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 2")
+    return value
+
+
 def parser() -> Parser:
     """The commands and their flags; every default is what notebook 05 uses."""
     top = Parser("python -m finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +117,7 @@ def parser() -> Parser:
     one.add_argument(
         "--beams", type=above_0, help="1: greedy; more: beam search. 4 for a small model, 1 for a large one"
     )
-    one.add_argument("--strength", type=float, help="multiplies the adapter's update. 0.7 for a small model, else 1")
+    one.add_argument("--strength", type=strength, help="multiplies the adapter's update. 0.7 for a small model, else 1")
     evaluated, reported = "base and adapter on questions never trained on", "write a page of results"
     for name, text in (("evaluate", evaluated), ("report", reported)):
         one = commands.add_parser(name, help=text, parents=[common], **how)
@@ -119,6 +130,7 @@ def parser() -> Parser:
     )
     one.add_argument("folder", help="a new folder")
     one.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0"), default="f16", help="numbers in a GGUF file")
+    one.add_argument("--strength", type=strength, default=1.0, help="multiplies the adapter's update, as in chat")
     one = commands.add_parser("share", help="upload the adapter with a model card to ModelScope", **how)
     one.add_argument("name", help="the repository: your name there, a slash, the adapter's name")
     one.add_argument("--public", action="store_true", help="everybody may see it; else only you")
@@ -173,7 +185,7 @@ def run(chosen: argparse.Namespace) -> None:
     elif chosen.command == "export":
         from finetune import export
 
-        count = export.export(chosen.form, Path(chosen.folder), utils.settings(), chosen.type)
+        count = export.export(chosen.form, Path(chosen.folder), utils.settings(), chosen.type, strength=chosen.strength)
         print(say("{count:,} tensors; in {folder}", count=count, folder=utils.shown(chosen.folder)))
     elif chosen.command == "share":
         from finetune import share

@@ -16,9 +16,10 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from finetune.resume import FULL_DISK
 from utils import CourseError, shown
 
 FORMS = ("adapter", "split", "merged", "gguf", "gguf-merged")
+CONFIG_FILE = "adapter_config.json"
 BASE_FILE, ADAPTER_FILE, MERGED_FILE = "base.gguf", "adapter.gguf", "merged.gguf"
 #: The layers that an adapter split by expert names; all of them exist as modules in vLLM and SGLang.
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -121,7 +123,7 @@ def require_trained(adapter: Path, split: bool = False) -> int:
 
 def empty_targets(adapter: Path, names: Iterable[str]) -> list[str]:
     """Targets of the adapter's configuration for which none of the matrices `names` is there."""
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
     lists = [settings.get(key) for key in ("target_modules", "target_parameters")]
     targets = sorted(target for one in lists if isinstance(one, list) for target in one)  # peft saves a set
     fused = [target for target in targets if ".experts." in target]
@@ -136,12 +138,18 @@ def empty_targets(adapter: Path, names: Iterable[str]) -> list[str]:
 
 
 def export(
-    form: str, out: Path, course: utils.Settings, kind: str = "f16", report: Callable[[str], None] = print
+    form: str,
+    out: Path,
+    course: utils.Settings,
+    kind: str = "f16",
+    report: Callable[[str], None] = print,
+    strength: float = 1.0,
 ) -> int:
     """Write one form of the persona into a new folder.
 
     Args:
         form: one of `FORMS`. kind: type of the numbers in GGUF files, a name of `gguf_file.TYPES`.
+        strength: multiplies the adapter's update, as in a chat (`chat.STRENGTH`).
 
     Returns:
         How many tensors were written.
@@ -151,13 +159,33 @@ def export(
     """
     trained = Trained.of(course)
     disk, memory = needed(form, trained, kind)
-    with new_folder(out, disk) as part:
+    with new_folder(out, disk) as part, at_strength(trained.adapter, strength) as adapter:
         report(
             say("writing {disk:.2f} GiB, with about {memory:.1f} GiB of memory", disk=disk / GIB, memory=memory / GIB)
         )
-        count = WRITERS[form](trained, part, kind, report)
+        count = WRITERS[form](replace(trained, adapter=adapter), part, kind, report)
         (part / "prompt.json").write_text(trained.prompt, encoding="utf-8")
     return count
+
+
+@contextmanager
+def at_strength(adapter: Path, strength: float) -> Iterator[Path]:
+    """The adapter's folder; for another strength than 1 one beside it for the time being, with another `lora_alpha`.
+
+    The update is lora_alpha / r times B A, so this alone multiplies it, in every engine.
+    """
+    if strength == 1:
+        yield adapter
+        return
+    settings = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings["lora_alpha"] *= strength
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in adapter.iterdir():
+            if path.name != CONFIG_FILE:
+                (folder / path.name).symlink_to(path.absolute())
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        yield folder
 
 
 @contextmanager
@@ -222,12 +250,12 @@ def _split(trained: Trained, out: Path, kind: str, report: Callable[[str], None]
                     memory_format=torch.contiguous_format
                 )
     save_file(made, out / "adapter_model.safetensors", {"format": "pt"})
-    settings = json.loads((trained.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((trained.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
     modules = [module for module in MODULES if any(f".{module}.lora_A." in name for name in made)]
     settings |= {"target_modules": modules, "target_parameters": None}
-    (out / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (out / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     for path in trained.adapter.iterdir():
-        if path.name not in ("adapter_model.safetensors", "adapter_config.json"):
+        if path.name not in ("adapter_model.safetensors", CONFIG_FILE):
             shutil.copy2(path, out)
     return require_trained(out, split=True)
 

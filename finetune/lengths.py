@@ -34,15 +34,20 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class AverageRows:
-    """Rows of which only the average is known; no evaluation is planned for."""
+    """Rows of which only the average is known; no evaluation is planned for.
+
+    Attributes:
+        shared: tokens that all rows begin with and that a pass reads once (`packing.shared_prefix`).
+    """
 
     count: int = 3729
     mean_tokens: float = 60.6
     label_share: float = 0.33
+    shared: int = 0
 
     def heaviest(self, rows: float) -> tuple[float, float]:
         """Tokens and labels of an average batch."""
-        return rows * self.mean_tokens, rows * self.mean_tokens * self.label_share
+        return self.passes(rows)[0], rows * self.mean_tokens * self.label_share
 
     def held_out(self, rows: int) -> tuple[float, float]:
         """Nothing."""
@@ -50,7 +55,7 @@ class AverageRows:
 
     def passes(self, rows: float) -> Sequence[float]:
         """One average pass."""
-        return [rows * self.mean_tokens]
+        return [rows * self.mean_tokens - self.shared * max(rows - 1, 0)]
 
     @property
     def longest(self) -> tuple[float, float]:
@@ -64,12 +69,17 @@ ROLE_PLAY = AverageRows()
 
 @dataclass(frozen=True)
 class RealRows:
-    """Tokens and labels of each training row and of each held-out row."""
+    """Tokens and labels of each training row and of each held-out row.
+
+    Attributes:
+        shared: tokens that all training rows begin with and that a pass reads once (`packing.shared_prefix`).
+    """
 
     tokens: Sequence[int]
     labels: Sequence[int]
     held_out_tokens: Sequence[int] = ()
     held_out_labels: Sequence[int] = ()
+    shared: int = 0
 
     @classmethod
     def of(cls, train: Any, held_out: dict[str, Any]) -> RealRows:
@@ -94,7 +104,12 @@ class RealRows:
 
     def heaviest(self, rows: float) -> tuple[float, float]:
         """The longest rows together, because `packing.SimilarLengths` puts rows of similar length into one step."""
-        return sum_of_largest(self.tokens, max(1, round(rows))), sum_of_largest(self.labels, max(1, round(rows)))
+        count = max(1, round(rows))
+        return sum_of_largest(self.tokens, count) - self.saved(count), sum_of_largest(self.labels, count)
+
+    def saved(self, rows: int) -> int:
+        """How many tokens a pass over so many rows does not read again."""
+        return self.shared * (rows - 1)
 
     def held_out(self, rows: int) -> tuple[float, float]:
         """The longest held-out rows together: they are read in the order of the file, where they may be neighbours."""
@@ -105,7 +120,8 @@ class RealRows:
     def passes(self, rows: float) -> Sequence[float]:
         """Rows of similar length together, as they are trained; the last pass, which is not full, left out."""
         sizes, step = sorted(self.tokens), max(1, round(rows))
-        return [float(sum(sizes[i : i + step])) for i in range(0, len(sizes) - step + 1, step)] or [float(sum(sizes))]
+        parts = [sizes[i : i + step] for i in range(0, len(sizes) - step + 1, step)] or [sizes]
+        return [float(sum(part) - self.saved(len(part))) for part in parts]
 
     @property
     def longest(self) -> tuple[float, float]:

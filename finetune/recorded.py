@@ -29,8 +29,9 @@ def filled(batch: dict[str, Any], step: int = TOKENS) -> dict[str, Any]:
     """A batch of `PackedRows` in one of a few sizes, with the same loss and gradients.
 
     A sample without labels fills the row up, as in `packing.pad_to`; there is always one, so that a batch of so many
-    samples has always as many beginnings. The positions whose logits are kept are filled up with position 0 and the
-    label -100. The longest sample is said to be longer than it is, which attention allows.
+    samples has always as many beginnings, and with shared tokens as many keys. The positions whose logits are kept are
+    filled up with position 0 and the label -100. The longest sample is said to be longer than it is, which attention
+    allows.
 
     Args:
         batch: of `PackedRows`, on its device.
@@ -129,7 +130,7 @@ class RecordedSteps:
         self._hold_gradients()
         items = torch.as_tensor(items, device=batch["input_ids"].device)
         size = (*batch["input_ids"].shape, *batch["cu_seq_lens_q"].shape, *batch["logits_to_keep"].shape)
-        size += (batch["max_length_q"],)
+        size += (batch["max_length_q"], *batch.get("key_places", torch.empty(0)).shape)
         if size not in self.seen or (size not in self.graphs and len(self.graphs) >= self.most):
             self.seen.add(size)  # its kernels run once before they are recorded
             with self.memory():

@@ -29,7 +29,7 @@ from finetune.config import AIR, is_small
 from finetune.experts import keep_unpacked
 from finetune.machine import this_machine
 from finetune.model import load_model
-from finetune.packing import PackedRows, SimilarLengths, pad_to
+from finetune.packing import PackedRows, SimilarLengths, pad_to, shared_prefix
 from finetune.recorded import RecordedSteps, size_of
 
 EXPERIMENT = {"project": "glm-4.5-air-lora", "experiment_name": "huanhuan"}
@@ -85,7 +85,7 @@ def make_plan(options: Options, parts: dict[str, Any] | None = None) -> planner.
     rows: planner.Rows = planner.ROLE_PLAY
     if parts:
         held_out = {name: part for name, part in parts.items() if name != "train"}
-        rows = planner.RealRows.of(parts["train"], held_out)
+        rows = replace(planner.RealRows.of(parts["train"], held_out), shared=shared_prefix(parts["train"]))
     started, recipe, machine = parallel.launched(), completed(options, config, rows.count), this_machine(course.output)
     where = machine, started.processes, started.on_this_host
     made = planner.plan(config, recipe, rows, *where)
@@ -305,7 +305,7 @@ def made_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=PackedRows(),
+        data_collator=PackedRows(shared_prefix(rows)),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Progress(), *swanlab_callback(course, settings)],
     )

@@ -92,12 +92,14 @@ def test_how_much_faster_is_said_of_equal_batches(measured, name):
 
 def test_it_runs_without_a_gpu(tmp_path):
     out = tmp_path / "rows.jsonl"
-    done = run("--tiny", "--bits", "16", "--samples", "16", "--steps", "1", "--processes", "1", "--out", str(out))
+    done = run("--tiny", "--bits", "16", "--samples", "16,16s", "--steps", "1", "--processes", "1", "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [row["recipe"] for row in rows] == ["ours", "textbook"]
-    # The same batches and weights: the two recipes see the same losses.
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=0.02)
+    assert [row["recipe"] for row in rows] == ["ours", "ours", "textbook"]
+    assert [row.get("shared") for row in rows] == [None, 12, None]
+    # The same batches and weights: the two recipes see the same losses, and so does one that shares the system prompt.
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=0.02)
+    assert rows[1]["loss"][0] == pytest.approx(rows[0]["loss"][0], rel=1e-3)
     assert all(row["tokens_per_second"] > 0 for row in rows)
 
 

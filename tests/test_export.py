@@ -135,6 +135,33 @@ def test_merged_is_the_checkpoint_that_merge_writes(course, trained, tmp_path):
     assert said[-1] == "The base has no MTP layer, so the checkpoint has none."
 
 
+@pytest.mark.parametrize("form", ["adapter", "split"])
+def test_at_part_strength_only_lora_alpha_differs(course, trained, tmp_path, form):
+    quiet(form, tmp_path / "whole", course)
+    quiet(form, tmp_path / "part", course, strength=0.5)
+    whole, part = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text("utf-8")) for name in ("whole", "part")
+    )
+    assert part.pop("lora_alpha") == 0.5 * whole.pop("lora_alpha") and part == whole
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert weights[0] == weights[1] and not (tmp_path / "part" / "adapter_model.safetensors").is_symlink()
+
+
+def test_merged_at_part_strength_is_the_base_with_that_part_of_the_update(course, trained, tmp_path):
+    quiet("merged", tmp_path / "whole", course)
+    quiet("merged", tmp_path / "part", course, strength=0.5)
+    folders = (trained.base, tmp_path / "whole", tmp_path / "part")
+    base, whole, part = (
+        {n: t for f in sorted(one.glob("*.safetensors")) for n, t in load_file(f).items()} for one in folders
+    )
+    changed = [name for name in base if not torch.equal(base[name], whole[name])]
+    assert changed
+    for name in changed:
+        added, half = (tensors[name].float() - base[name].float() for tensors in (whole, part))
+        assert torch.allclose(half, added / 2, atol=0.01 * base[name].abs().max().item()), name
+    assert all(torch.equal(base[name], part[name]) for name in base if name not in changed)
+
+
 def test_the_mtp_layer_stays_in_every_form_that_holds_the_model(trained, tmp_path):
     (tmp_path / "real").mkdir()
     write_real(tmp_path / "real")
@@ -338,6 +365,13 @@ def test_the_command_writes_a_form_and_says_so(course, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.mark.parametrize("text", ["-1", "3", "nan", "half"])
+def test_a_strength_that_is_none_is_refused(tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        command.main(["export", "adapter", str(tmp_path / "out"), f"--strength={text}"])
+    assert "is no number from 0 to 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_missing_file_and_a_taken_port_are_named(files, tmp_path):

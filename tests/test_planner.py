@@ -372,6 +372,18 @@ def test_the_heaviest_batch_is_that_of_the_order_which_rows_are_trained_in(seed)
     assert sum(rows.passes(16)) / len(rows.passes(16)) == pytest.approx(sum(steps) / len(steps), rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "rows", [RealRows([60] * 160, [20] * 160, shared=15), AverageRows(mean_tokens=60, label_share=1 / 3, shared=15)]
+)
+def test_shared_tokens_are_read_once_a_pass(rows):
+    tokens, labels = rows.heaviest(16)
+    assert tokens == rows.passes(16)[0] == 16 * 60 - 15 * 15 and labels == pytest.approx(16 * 20)
+    assert rows.heaviest(1)[0] == rows.mean_tokens == 60  # a step of one row has nothing to share
+    how = {"load_in_4bit": True, "batch_size": 128, "machine": H100}
+    whole, shared = plan(**how, rows=replace(rows, shared=0)), plan(**how, rows=rows)
+    assert shared.step_seconds < whole.step_seconds and shared.peak < whole.peak
+
+
 def test_passes_whose_activations_fit_keep_them():
     rows = RealRows([20] * 800 + [200] * 800, [6] * 1600)
     how = {"load_in_4bit": True, "machine": H100, "rows": rows, "advise": False}
