@@ -97,9 +97,8 @@ def test_it_runs_without_a_gpu(tmp_path):
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["recipe"] for row in rows] == ["ours", "ours", "textbook"]
     assert [row.get("shared") for row in rows] == [None, 12, None]
-    # The same batches and weights: the two recipes see the same losses, and so does one that shares the system prompt.
+    # The same batches and weights: the two recipes see the same losses.
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=0.02)
-    assert rows[1]["loss"][0] == pytest.approx(rows[0]["loss"][0], rel=1e-3)
     assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
