@@ -241,7 +241,7 @@ def training_arguments(options: Options, plan: planner.Plan, output: Path, small
         logging_steps=10,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=50,
+        eval_steps=max(50, plan.steps // 9),  # a long run has more held-out rows too
         eval_on_start=True,
         prediction_loss_only=True,
         save_steps=options.save_steps,

@@ -2,6 +2,7 @@ import json
 import re
 from collections import Counter
 
+import pytest
 from conftest import ROOT
 
 ROWS = json.loads((ROOT / "dataset" / "huanhuan.json").read_text(encoding="utf-8"))
@@ -61,14 +62,17 @@ def test_no_question_twice_and_none_of_the_heldout_ones_in_training():
     assert len({plain(row) for row in HELDOUT}) == len(HELDOUT)
 
 
-def test_the_further_rows_are_new_and_hold_no_test_question():
-    lines = (ROOT / "dataset" / "more_rows.jsonl").read_text(encoding="utf-8").splitlines()
-    more = [json.loads(line) for line in lines]
-    rows, conversations = (
-        [row for row in more if "output" in row],
-        [row["messages"] for row in more if "messages" in row],
-    )
-    assert len(rows) >= 4_000 and len(conversations) >= 500 and not order_faults(conversations)
+def further(name):
+    """The rows and the conversations of a file in which both may be."""
+    lines = (ROOT / "dataset" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    return [row for row in found if "output" in row], [row["messages"] for row in found if "messages" in row]
+
+
+@pytest.mark.parametrize(("name", "least"), [("more_rows", (4_000, 500)), ("court_rows", (7_000, 5_000))])
+def test_the_further_rows_are_new_and_hold_no_test_question(name, least):
+    rows, conversations = further(name)
+    assert len(rows) >= least[0] and len(conversations) >= least[1] and not order_faults(conversations)
     assert max(len(row["output"]) for row in rows) <= 80
     opened = [plain(row) for row in rows] + [re.sub(r"\W", "", messages[0]["content"]) for messages in conversations]
     assert max(Counter(plain(row) for row in rows).values()) == 1
@@ -77,7 +81,19 @@ def test_the_further_rows_are_new_and_hold_no_test_question():
         taken |= {plain(row) for row in json.loads((ROOT / "dataset" / f"heldout_{name}.json").read_text("utf-8"))}
     taken |= {re.sub(r"\W", "", talk[0]["content"]) for talk in talks("conversations") + talks("heldout_conversations")}
     assert not taken & set(opened)
+    if name == "court_rows":
+        assert not {plain(row) for row in further("more_rows")[0]} & set(opened)
     assert not [row for row in rows if re.search("模型|助手|程序|微调|[A-Za-z0-9]", row["output"])]
+
+
+def test_the_exchanges_of_the_court_tell_nobodys_story():
+    """They are said by any lady of the court, so they must not contradict hers."""
+    rows, conversations = further("court_rows")
+    said = [row["output"] for row in rows]
+    said += [turn["content"] for messages in conversations for turn in messages if turn["role"] == "assistant"]
+    people = "甄|嬛|眉庄|陵容|流朱|浣碧|槿汐|果郡王|胧月|弘曕|灵犀|玉娆|碎玉轩|永寿宫|华妃|端妃|敬妃"
+    assert not [text for text in said if re.search(people, text)]
+    assert not [text for text in said if re.search("我父亲|家父|我母亲|弟弟|哥哥|老家|祖母|小时候", text)]
 
 
 def test_no_answer_more_than_a_dozen_times():

@@ -13,7 +13,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import court
 import dialogue
 import numpy as np
 from exchanges import bare, generated
@@ -30,18 +29,16 @@ SYSTEM_PROMPTS = (
     "请认真回答。",
 )
 SYSTEM_SHARE = 0.3
-#: How often each source is drawn from; the persons of `persons` were written, those of `profiles` are
-#: generated; `court` are short exchanges of consorts without a story (`court.py`).
+#: How often each source is drawn from; the persons of `persons` were written, those of `profiles` are generated.
 SHARES = {
-    "pairs": 0.22,
+    "pairs": 0.24,
     "talks": 0.10,
-    "persons": 0.34,
-    "court": 0.15,
-    "profiles": 0.04,
+    "persons": 0.42,
+    "profiles": 0.06,
     "thoughts": 0.08,
-    "facts": 0.05,
-    "tools": 0.01,
-    "public": 0.01,
+    "facts": 0.06,
+    "tools": 0.02,
+    "public": 0.02,
 }
 #: The source of a file of written dialogue, by the first word of its name.
 KINDS = {
@@ -116,7 +113,7 @@ def sources(folder: Path, heldout: Path) -> dict[str, list[Sample]]:
     """All conversations of the project by source, without the public ones and what is held out.
 
     Args:
-        folder: holds `*.jsonl`, `talks/*.txt` and `court/*.txt`.
+        folder: holds `*.jsonl` and `talks/*.txt`.
         heldout: holds the `*.txt` of questions to test with.
     """
     found: dict[str, list[Sample]] = {name: [] for name in SHARES if name != "public"}
@@ -124,7 +121,6 @@ def sources(folder: Path, heldout: Path) -> dict[str, list[Sample]]:
     for name, messages in dialogue.all_conversations(folder / "talks"):
         kind = KINDS[name.split("-")[0]]
         found[kind] += each_thought(messages) if kind == "thoughts" else [Sample(messages)]
-    found["court"] += [Sample(messages) for messages in court.conversations(folder / "court", random.Random(0))]
     for item in generated():
         messages, tools = item["messages"], item.get("tools")
         if any(message.get("reasoning_content") for message in messages):
