@@ -259,17 +259,21 @@ def measure(model: torch.nn.Module, job: Job, steps: int, profile: str = "") -> 
     seconds = statistics.mean(clock.seconds[-steps:])
     tokens = sum(len(row["input_ids"]) for row in data) / steps
     found = peaks()
-    return {
-        "samples": job.samples,
-        "passes": job.passes,
-        "checkpointing": job.checkpointing,
-        "step_seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "samples_per_second": round(job.samples / seconds, 2),
-        "peak_gib": [round(reserved, 1) for reserved, _ in found],
-        "allocated_gib": [round(used, 1) for _, used in found],
-        "loss": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
-    } | ({"kept_layers": [min(kept), max(kept)]} if kept else {}) | ({"shared": SHARED} if job.shared else {})
+    return (
+        {
+            "samples": job.samples,
+            "passes": job.passes,
+            "checkpointing": job.checkpointing,
+            "step_seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "samples_per_second": round(job.samples / seconds, 2),
+            "peak_gib": [round(reserved, 1) for reserved, _ in found],
+            "allocated_gib": [round(used, 1) for _, used in found],
+            "loss": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
+        }
+        | ({"kept_layers": [min(kept), max(kept)]} if kept else {})
+        | ({"shared": SHARED} if job.shared else {})
+    )
 
 
 @torch.no_grad()

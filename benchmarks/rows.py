@@ -3,9 +3,11 @@
 python benchmarks/rows.py --steps 208 --share 0.5          half of the rows, as often as 208 steps read them
 python benchmarks/rows.py --steps 620 --more 1.0 --repeated 1600
                                         all rows and `dataset/more_rows.jsonl`, the first 1,600 rows twice
+python benchmarks/rows.py --steps 3140 --more 1.0 --court 1.0 --rank 32 --rate 2e-3 --dropout 0.1 --save FOLDER
+                                        `dataset/court_rows.jsonl` too; the adapter in peft's format
 Each run adds a line to `--out`: the losses at its end, in nats a token, on the reference answers of the four sets for
 readers and on `dataset/heldout.json` (taught answers). `--answers` writes what it answers, as `tools/judging.py` reads
-it. The rows are in random order, those of a batch of similar length.
+it: greedily, or with `--beams 4` as the chat does. The rows are in random order, those of a batch of similar length.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ import torch
 from chat_tune import PERSONA_PROMPT, losses_by_source, messages_of, pad, reference_rows
 from peft.helpers import rescale_adapter_scale
 from samples import IGNORED, PERSONA, Row, Sample, encoded
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import training
 from course.rows import load_rows
 from finetune import lora
+from finetune.decode import NoRepeatInAnswer
 from finetune.packing import SimilarLengths
 
 BATCH, WARMUP = 16, 0.05  # samples of a step; share of the steps
@@ -53,9 +56,12 @@ def chosen(options: argparse.Namespace) -> list[Sample]:
     usual = conversations("huanhuan.json", "conversations.jsonl")
     usual += usual[: options.repeated]
     draw.shuffle(usual)
-    more = conversations("more_rows.jsonl") if options.more else []
-    draw.shuffle(more)
-    return usual[: round(options.share * len(usual))] + more[: round(options.more * len(more))]
+    found = usual[: round(options.share * len(usual))]
+    for name, share in (("more_rows.jsonl", options.more), ("court_rows.jsonl", options.court)):
+        more = conversations(name) if share else []
+        draw.shuffle(more)
+        found += more[: round(share * len(more))]
+    return found
 
 
 def batches(rows: list[Row], seed: int) -> Iterator[list[Row]]:
@@ -87,8 +93,8 @@ def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def answered(model: Any, tokenizer: Any, name: str) -> list[dict[str, Any]]:
-    """Greedy answers to the questions of the sets for readers."""
+def answered(model: Any, tokenizer: Any, name: str, beams: int = 1) -> list[dict[str, Any]]:
+    """Answers to the questions of the sets for readers: greedy, or with beams and no pair of tokens twice."""
     rows: list[dict[str, Any]] = []
     tokenizer.padding_side = "left"
     for kind in PERSONA:
@@ -96,11 +102,22 @@ def answered(model: Any, tokenizer: Any, name: str) -> list[dict[str, Any]]:
         how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         prompts = [tokenizer.apply_chat_template([SYSTEM, *turns], **how) for turns in asked]
         given = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-        said = model.generate(**given, max_new_tokens=48, do_sample=False)[:, given["input_ids"].shape[1] :]
+        length = given["input_ids"].shape[1]
+        search: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, "num_beams": beams}
+        if beams > 1:
+            search["logits_processor"] = LogitsProcessorList([NoRepeatInAnswer(2, length)])
+        said = model.generate(**given, **search)[:, length:]
         texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         found = zip(asked, texts, strict=True)
         rows += [{"set": kind, "author": name, "asked": turns, "answer": text.strip()} for turns, text in found]
     return rows
+
+
+def save(model: Any, folder: Path) -> None:
+    """The adapter in bf16, with the system prompt it was trained with."""
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in lora.adapter_state(model).items()}
+    model.save_pretrained(folder / "adapter", state_dict=state)
+    (folder / "prompt.json").write_text(json.dumps({"system": PERSONA_PROMPT}, ensure_ascii=False), encoding="utf-8")
 
 
 def main() -> None:
@@ -109,6 +126,7 @@ def main() -> None:
     parse.add_argument("--steps", type=int, default=343)
     parse.add_argument("--share", type=float, default=1.0, help="of the rows that notebook 05 reads")
     parse.add_argument("--more", type=float, default=0.0, help="share of dataset/more_rows.jsonl")
+    parse.add_argument("--court", type=float, default=0.0, help="share of dataset/court_rows.jsonl")
     parse.add_argument("--repeated", type=int, default=0, help="so many of the first rows are there twice")
     parse.add_argument("--rate", type=float, default=4e-3)
     parse.add_argument("--dropout", type=float, default=0.0)
@@ -117,6 +135,10 @@ def main() -> None:
     parse.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="of the adapter, when it is measured")
     parse.add_argument("--out", type=Path, default=Path("output/rows.jsonl"))
     parse.add_argument("--answers", type=Path, help="write its answers to this file")
+    parse.add_argument(
+        "--beams", type=int, default=1, help="for the answers; with more than one no pair of tokens twice"
+    )
+    parse.add_argument("--save", type=Path, help="write the adapter to this folder")
     options = parse.parse_args()
     torch.manual_seed(options.seed)
     device, started = "cuda" if torch.cuda.is_available() else "cpu", time.time()
@@ -127,9 +149,11 @@ def main() -> None:
     training.add_dropout(model.get_base_model(), options.dropout)
     loss = train(model.train(), rows, options)
     model.eval()
+    if options.save:
+        save(model, options.save)
     held_out = {kind: found for kind, found in reference_rows(tokenizer, HELD_OUT).items() if kind in PERSONA}
     held_out["taught"] = encoded(tokenizer, {"rows": conversations("heldout.json")})["rows"]
-    run = {name: value for name, value in vars(options).items() if name not in ("out", "answers", "strengths")}
+    run = {name: value for name, value in vars(options).items() if name not in ("out", "answers", "strengths", "save")}
     run |= {"rows": len(rows), "passes": round(options.steps * BATCH / len(rows), 2), "training": round(loss, 3)}
     run |= {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +162,7 @@ def main() -> None:
         with rescale_adapter_scale(model, strength):  # 0 is the base, 1 the trained adapter
             losses = losses_by_source(model.get_base_model(), held_out)
             if options.answers:
-                said += answered(model, tokenizer, f"{options.answers.stem}, strength {strength}")
+                said += answered(model, tokenizer, f"{options.answers.stem}, strength {strength}", options.beams)
                 options.answers.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
         measured = run | {"strength": strength, "losses": losses, "seconds": round(time.time() - started)}
         with options.out.open("a", encoding="utf-8") as file:

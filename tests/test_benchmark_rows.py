@@ -11,6 +11,10 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import rows
 
+import utils
+from finetune import lora
+from finetune.model import load_model
+
 ROWS = json.loads((ROOT / "dataset" / "huanhuan.json").read_text("utf-8"))
 OWN = {name: value for name, value in os.environ.items() if not name.startswith("COURSE_")}
 QUESTIONS = [row["instruction"] + row["input"] for row in ROWS]
@@ -18,7 +22,7 @@ QUESTIONS = [row["instruction"] + row["input"] for row in ROWS]
 
 def asked(**options):
     """The first questions of the rows that are chosen."""
-    samples = rows.chosen(Namespace(**({"share": 1.0, "more": 0.0, "repeated": 0} | options)))
+    samples = rows.chosen(Namespace(**({"share": 1.0, "more": 0.0, "court": 0.0, "repeated": 0} | options)))
     assert all(sample.messages[0] == rows.SYSTEM for sample in samples)
     return [sample.messages[1]["content"] for sample in samples]
 
@@ -28,6 +32,8 @@ def test_the_rows_are_a_share_of_each_file_and_the_first_ones_are_there_twice():
     assert set(QUESTIONS) <= set(every) and len(half) == round(len(every) / 2) and set(half) < set(every)
     lines = (ROOT / "dataset" / "more_rows.jsonl").read_text("utf-8").splitlines()
     assert len(more) == len(every) + round(0.1 * len(lines))
+    lines = (ROOT / "dataset" / "court_rows.jsonl").read_text("utf-8").splitlines()
+    assert len(asked(court=0.1)) == len(every) + round(0.1 * len(lines))
     twice = asked(repeated=100)
     assert len(twice) == len(every) + 100 and all(twice.count(question) == 2 for question in QUESTIONS[:100])
     assert twice.count(QUESTIONS[100]) == 1
@@ -45,11 +51,15 @@ def test_a_short_run_lowers_the_loss_and_writes_losses_and_answers(tmp_path):
     out, answers = tmp_path / "rows.jsonl", tmp_path / "answers.json"
     command = [sys.executable, ROOT / "benchmarks" / "rows.py", "--share", "0.02", "--out", out]
     for steps in ("1", "12"):
-        more = ["--answers", answers, "--strengths", "1", "0"] if steps == "12" else []
+        more = ["--answers", answers, "--strengths", "1", "0", "--save", tmp_path / "run"] if steps == "12" else []
         subprocess.run([*command, "--steps", steps, *more], cwd=ROOT, env=OWN, check=True)
     first, second, base = (json.loads(line) for line in out.read_text("utf-8").splitlines())
     assert second["losses"].keys() == {"situations", "wordings", "second_turns", "third_turns", "taught"}
     assert second["losses"]["taught"] < first["losses"]["taught"] and second["passes"] > 2
     said = json.loads(answers.read_text("utf-8"))
     assert base["strength"] == 0 and base["losses"]["taught"] > second["losses"]["taught"]
+    trained = lora.load_adapter(load_model(utils.BUNDLED, attention="sdpa"), tmp_path / "run" / "adapter")
+    saved = {name: tensor for name, tensor in lora.adapter_state(trained).items() if "lora_B" in name}
+    assert saved and all(tensor.abs().sum() > 0 for tensor in saved.values())
+    assert "甄嬛" in json.loads((tmp_path / "run" / "prompt.json").read_text("utf-8"))["system"]
     assert len(said) == 320 and all(row["answer"] and row["asked"][-1]["role"] == "user" for row in said)
