@@ -57,7 +57,7 @@ from finetune.parallel import launched
 from finetune.train import ShardedTrainer
 
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
-#: So many tokens all rows begin with: of a system prompt as long as the shortest row of `LENGTHS` leaves room for.
+#: So many tokens all rows begin with. Assumed: the shortest prompt of `LENGTHS` has 21, with its question.
 SHARED = 12
 FLOP_A_TOKEN = 48e9  # forward and backward through 12 B active parameters, none of their gradients: 4 x 12 B
 

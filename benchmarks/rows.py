@@ -3,7 +3,7 @@
 python benchmarks/rows.py --steps 208 --share 0.5          half of the rows, as often as 208 steps read them
 python benchmarks/rows.py --steps 620 --more 1.0 --repeated 1600
                                         all rows and `dataset/more_rows.jsonl`, the first 1,600 rows twice
-python benchmarks/rows.py --steps 3140 --more 1.0 --court 1.0 --rank 32 --rate 2e-3 --dropout 0.1 --save FOLDER
+python benchmarks/rows.py --steps 3278 --more 1.0 --court 1.0 --rank 32 --rate 2e-3 --dropout 0.1 --save FOLDER
                                         `dataset/court_rows.jsonl` too; the adapter in peft's format
 Each run adds a line to `--out`: the losses at its end, in nats a token, on the reference answers of the four sets for
 readers and on `dataset/heldout.json` (taught answers). `--answers` writes what it answers, as `tools/judging.py` reads

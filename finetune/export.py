@@ -170,7 +170,7 @@ def export(
 
 @contextmanager
 def at_strength(adapter: Path, strength: float) -> Iterator[Path]:
-    """The adapter's folder; for another strength than 1 one beside it for the time being, with another `lora_alpha`.
+    """The adapter's folder; for another strength than 1 a temporary one with another `lora_alpha`.
 
     The update is lora_alpha / r times B A, so this alone multiplies it, in every engine.
     """

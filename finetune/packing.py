@@ -7,7 +7,7 @@ theirs. Loss and gradients stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,24 +23,17 @@ from finetune.kernels import rotated, turns
 from utils import CourseError
 
 
-def shared_prefix(rows: Any) -> int:
+def shared_prefix(rows: Iterable[dict[str, Any]]) -> int:
     """How many tokens all rows begin with that one computation may serve: none of them may predict a label.
 
     Args:
-        rows: a data set with the columns `input_ids` and `labels`, as notebook 04 saves it.
+        rows: each with `input_ids` and `labels`, as notebook 04 saves them.
     """
-    first, shared = None, 0
-    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
-        if first is None:
-            first, shared = ids, len(ids)
-        shared = min(shared, len(ids) - 1, same_beginning(first, ids), max(first_label(labels) - 1, 0))
-    return shared
-
-
-def same_beginning(some: list[int], others: list[int]) -> int:
-    """How many tokens two lists have in common at the beginning."""
-    pairs = enumerate(zip(some, others, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(some), len(others)))
+    ids, labels = zip(*((row["input_ids"], row["labels"]) for row in rows), strict=True)
+    each = (min(len(own) - 1, max(first_label(its) - 1, 0)) for own, its in zip(ids, labels, strict=True))
+    pairs = enumerate(zip(min(ids), max(ids), strict=False))  # what these two begin with, all of them begin with
+    differ = (place for place, (one, other) in pairs if one != other)
+    return min(next(differ, len(min(ids))), *each)
 
 
 def first_label(labels: list[int]) -> int:
@@ -67,7 +60,7 @@ class PackedRows(DataCollatorWithFlattening):
         labels (kept,); where samples begin (samples + 1,). With shared tokens `key_places` too (`Gathered`).
         """
         samples = [{key: sample[key] for key in ("input_ids", "labels")} for sample in features]
-        shared = self.shared if self.shared and shared_prefix(_columns(samples)) >= self.shared else 0
+        shared = self.shared if self.shared and shared_prefix(samples) >= self.shared else 0
         parts = [slice(shared), *[slice(shared, None)] * len(samples)] if shared else [slice(None)] * len(samples)
         owners = [samples[0], *samples] if shared else samples
         batch = super().__call__(
@@ -80,10 +73,6 @@ class PackedRows(DataCollatorWithFlattening):
         batch["logits_to_keep"] = predicts
         batch["shift_labels"] = batch["labels"][0, predicts + 1]
         return batch
-
-
-def _columns(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [sample[key] for sample in samples] for key in ("input_ids", "labels")}
 
 
 def behind_shared(batch: dict[str, Any], shared: int) -> dict[str, Any]:

@@ -23,6 +23,16 @@ def around_proxies():
         yield
 
 
+@pytest.fixture(scope="module")
+def no_gpu():
+    """The tests of a module run on the processor, also where there is a GPU."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from transformers import AutoTokenizer

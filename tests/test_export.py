@@ -37,11 +37,7 @@ QUESTIONS = [
 LONGEST = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 @pytest.fixture(scope="module")
