@@ -1,10 +1,10 @@
 """More rows or more passes? LoRA of notebook 05 on other choices of rows, measured on answers that no row has.
 
 python benchmarks/rows.py --steps 208 --share 0.5          half of the rows, as often as 208 steps read them
-python benchmarks/rows.py --steps 620 --more 1.0 --repeated 1600
+python benchmarks/rows.py --steps 620 --also more_rows=1 --repeated 1600
                                         all rows and `dataset/more_rows.jsonl`, the first 1,600 rows twice
-python benchmarks/rows.py --steps 3278 --more 1.0 --court 1.0 --rank 32 --rate 2e-3 --dropout 0.1 --save FOLDER
-                                        `dataset/court_rows.jsonl` too; the adapter in peft's format
+python benchmarks/rows.py --steps 2000 --share 2 --also more_rows=2 her_rows=2 court_rows=1 --batch 32 --save FOLDER
+                                        all files of `dataset/`, those of the court once; the adapter in peft's format
 Each run adds a line to `--out`: the losses at its end, in nats a token, on the reference answers of the four sets for
 readers and on `dataset/heldout.json` (taught answers). `--answers` writes what it answers, as `tools/judging.py` reads
 it: greedily, or with `--beams 4` as the chat does. The rows are in random order, those of a batch of similar length.
@@ -40,7 +40,7 @@ from finetune import lora
 from finetune.decode import NoRepeatInAnswer
 from finetune.packing import SimilarLengths
 
-BATCH, WARMUP = 16, 0.05  # samples of a step; share of the steps
+BATCH, WARMUP = 16, 0.05  # samples of a step in notebook 05; share of the steps
 SYSTEM = {"role": "system", "content": PERSONA_PROMPT}
 DATA, HELD_OUT = ROOT / "dataset", ROOT / "models" / "recipe" / "heldout"
 
@@ -50,27 +50,38 @@ def conversations(*names: str) -> list[Sample]:
     return [Sample([SYSTEM, *row["messages"]]) for name in names for row in load_rows(DATA / name)]
 
 
+def times(samples: list[Sample], often: float, draw: random.Random) -> list[Sample]:
+    """The samples in random order, so often: 2.5 is each one twice, and a random half of them once more."""
+    order = list(samples)
+    draw.shuffle(order)
+    return order * int(often) + order[: round((often - int(often)) * len(order))]
+
+
 def chosen(options: argparse.Namespace) -> list[Sample]:
-    """The rows of a run: a random share of each file, the first rows of `huanhuan.json` once more if asked for."""
+    """The rows of a run: those of notebook 05, the first ones once more if asked for, and those of other files."""
     draw = random.Random(1)
     usual = conversations("huanhuan.json", "conversations.jsonl")
-    usual += usual[: options.repeated]
-    draw.shuffle(usual)
-    found = usual[: round(options.share * len(usual))]
-    for name, share in (("more_rows.jsonl", options.more), ("court_rows.jsonl", options.court)):
-        more = conversations(name) if share else []
-        draw.shuffle(more)
-        found += more[: round(share * len(more))]
+    found = times(usual + usual[: options.repeated], options.share, draw)
+    for name, often in options.also:
+        found += times(conversations(f"{name}.jsonl"), often, draw)
     return found
 
 
-def batches(rows: list[Row], seed: int) -> Iterator[list[Row]]:
+def other_file(text: str) -> tuple[str, float]:
+    """`more_rows=2` as argparse takes it: the name of a file of `dataset/`, and how often its rows are read."""
+    name, _, often = text.partition("=")
+    if not (DATA / f"{name}.jsonl").is_file():
+        raise argparse.ArgumentTypeError(f"dataset/{name}.jsonl is not there")
+    return name, float(often or 1)
+
+
+def batches(rows: list[Row], seed: int, size: int = BATCH) -> Iterator[list[Row]]:
     """Batches without end, pass after pass, in notebook 05's order."""
-    order = SimilarLengths([len(row.ids) for row in rows], BATCH, seed)
+    order = SimilarLengths([len(row.ids) for row in rows], size, seed)
     for epoch in count():
         order.set_epoch(epoch)
         numbers = list(order)
-        yield from ([rows[i] for i in numbers[at : at + BATCH]] for at in range(0, len(numbers), BATCH))
+        yield from ([rows[i] for i in numbers[at : at + size]] for at in range(0, len(numbers), size))
 
 
 def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
@@ -78,7 +89,7 @@ def train(model: Any, rows: list[Row], options: argparse.Namespace) -> float:
     base, running = model.get_base_model(), 0.0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
-    for step, batch in zip(range(1, options.steps + 1), batches(rows, options.seed), strict=False):
+    for step, batch in zip(range(1, options.steps + 1), batches(rows, options.seed, options.batch), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = options.rate * training.cosine(step / options.steps, WARMUP, 0.0)
         ids, labels = pad(batch, base.config.pad_token_id, max(len(row.ids) for row in batch))
@@ -124,10 +135,12 @@ def main() -> None:
     """One run."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--steps", type=int, default=343)
-    parse.add_argument("--share", type=float, default=1.0, help="of the rows that notebook 05 reads")
-    parse.add_argument("--more", type=float, default=0.0, help="share of dataset/more_rows.jsonl")
-    parse.add_argument("--court", type=float, default=0.0, help="share of dataset/court_rows.jsonl")
+    parse.add_argument("--share", type=float, default=1.0, help="of the rows that notebook 05 reads; 2: each twice")
+    parse.add_argument(
+        "--also", type=other_file, nargs="+", default=[], metavar="NAME=TIMES", help="rows of dataset/NAME.jsonl too"
+    )
     parse.add_argument("--repeated", type=int, default=0, help="so many of the first rows are there twice")
+    parse.add_argument("--batch", type=int, default=BATCH, help="samples of a step")
     parse.add_argument("--rate", type=float, default=4e-3)
     parse.add_argument("--dropout", type=float, default=0.0)
     parse.add_argument("--rank", type=int, default=8)
@@ -154,7 +167,11 @@ def main() -> None:
     held_out = {kind: found for kind, found in reference_rows(tokenizer, HELD_OUT).items() if kind in PERSONA}
     held_out["taught"] = encoded(tokenizer, {"rows": conversations("heldout.json")})["rows"]
     run = {name: value for name, value in vars(options).items() if name not in ("out", "answers", "strengths", "save")}
-    run |= {"rows": len(rows), "passes": round(options.steps * BATCH / len(rows), 2), "training": round(loss, 3)}
+    run |= {
+        "rows": len(rows),
+        "passes": round(options.steps * options.batch / len(rows), 2),
+        "training": round(loss, 3),
+    }
     run |= {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     said: list[dict[str, Any]] = []

@@ -67,6 +67,29 @@ def model_folder(settings: utils.Settings) -> Path:
     return check(folder)
 
 
+def trained_folder(settings: utils.Settings, chosen: str = "") -> Path:
+    """The folder of a training: `adapter/`, and `prompt.json` with its system prompt.
+
+    Args:
+        chosen: such a folder, as `models/huanhuan-lora`; without it the learner's own, of notebook 05.
+
+    Raises:
+        CourseError: nothing trained yet, or no training in the folder.
+    """
+    if not chosen:
+        return utils.require(settings.output / "lora", "05_lora_training", settings)
+    folder = Path(chosen)
+    if not ((folder / "adapter" / "adapter_config.json").is_file() and (folder / "prompt.json").is_file()):
+        raise utils.CourseError(
+            say(
+                "{folder} holds no training: adapter/adapter_config.json and prompt.json belong there, as in "
+                "output/lora and models/huanhuan-lora.",
+                folder=utils.shown(folder),
+            )
+        )
+    return folder
+
+
 def cached_model(model_id: str) -> Path | None:
     """The folder of a whole model in ModelScope's own cache (`MODELSCOPE_CACHE`, else its default), if there is one."""
     from modelscope import snapshot_download

@@ -142,17 +142,25 @@ def interact(function: Callable[..., Any] | None = None, /, **choices: Any) -> A
     return function
 
 
-def ask(reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], question: str) -> None:
+def _heads(longer: bool) -> dict[str, str]:
+    """Who answers in a chat, and what is written above."""
+    heads = {"base": say("base"), "adapter": say("adapter")}
+    return heads | ({"longer": say("trained for longer")} if longer else {})
+
+
+def ask(reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], question: str, longer: bool = False) -> None:
     """Print what base and adapter answer to one question: the chat without a chat box."""
     print(say("Q: {question}", question=glossed(question) if gloss(question) else question))
-    for name, head in (("base", say("base")), ("adapter", say("adapter"))):
+    for name, head in _heads(longer).items():
         said = reply(name, [{"role": "user", "content": question}])
         text = said if isinstance(said, str) else list(said)[-1]
         print(f"{head}: {glossed(text) if gloss(text) else text}")
 
 
 def chat_box(
-    reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], template: Callable[[list[dict[str, str]]], str]
+    reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]],
+    template: Callable[[list[dict[str, str]]], str],
+    longer: bool = False,
 ) -> Any:
     """A chat with base and adapter side by side, and the text that the template makes of the conversation on demand.
 
@@ -160,6 +168,7 @@ def chat_box(
         reply: takes "base" or "adapter" and the turns so far (`role`, `content`), returns the answer, or the answer
             as it grows: texts of which each takes the place of the one before it.
         template: takes the turns, returns the prompt as the model reads it.
+        longer: a third column, for which `reply` takes "longer": the adapter that was trained for longer.
 
     Questions and answers go into text areas only, which show markup as text and execute none of it. Without widgets a
     line says how to ask, and one question is asked.
@@ -169,25 +178,25 @@ def chat_box(
         import ipywidgets  # noqa: F401
     except ImportError:
         print(words)
-        return ask(reply, USUAL)
-    return _drawn_chat(reply, template, words)
+        return ask(reply, USUAL, longer)
+    return _drawn_chat(reply, template, words, _heads(longer))
 
 
-def _drawn_chat(reply: Callable[..., Any], template: Callable[..., str], words: str) -> Any:
-    """The widgets of the chat, and words for a page that draws none."""
+def _drawn_chat(reply: Callable[..., Any], template: Callable[..., str], words: str, heads: dict[str, str]) -> Any:
+    """The widgets of the chat, words for a page that draws none, and who answers under which head."""
     import ipywidgets as widgets
 
     wide = widgets.Layout(width="auto")
     question = widgets.Text(placeholder=USUAL, description=say("Question"), layout=widgets.Layout(width="60%"))
-    button = widgets.Button(description=say("Ask"), tooltip=say("Ask both models"))
+    button = widgets.Button(description=say("Ask"), tooltip=say("Ask all models"))
     keep = widgets.Checkbox(description=say("keep the conversation"), indent=False, value=True)
     show = widgets.Checkbox(description=say("show the template's text"), indent=False, value=False)
     prompt = widgets.Textarea(
         rows=8, tooltip=say("what the adapter reads"), layout=widgets.Layout(width="auto", display="none")
     )
-    heads = {"base": say("base"), "adapter": say("adapter")}
+    share = f"{100 // len(heads)}%"
     columns = {
-        name: widgets.VBox([widgets.Label(head)], layout=widgets.Layout(width="50%")) for name, head in heads.items()
+        name: widgets.VBox([widgets.Label(head)], layout=widgets.Layout(width=share)) for name, head in heads.items()
     }
     turns: dict[str, list[dict[str, str]]] = {name: [] for name in columns}
 

@@ -5,6 +5,7 @@
     python -m finetune train --load-in-4bit              GLM-4.5-Air on one 80 GB GPU
     torchrun --nproc-per-node 2 -m finetune train        two GPUs; each keeps half of the experts
     python -m finetune chat                              talk to the trained persona
+    python -m finetune chat --adapter models/huanhuan-lora    the one that was trained for longer
     python -m finetune evaluate                          base and adapter on questions that were never trained on
     python -m finetune report                            a page of results; evaluates first if that was not done
     python -m finetune merge output/merged               the adapter into a checkpoint of the original's layout
@@ -112,7 +113,11 @@ def parser() -> Parser:
         one.add_argument("--recorded-steps", **flag, help="a CUDA graph a step, for up to 32 samples on one GPU")
         one.add_argument("--save-steps", type=int, default=50)
         one.add_argument("--seed", type=int, default=42)
-    one = commands.add_parser("chat", help="talk to the trained persona", parents=[common], **how)
+    another = argparse.ArgumentParser(add_help=False)
+    another.add_argument(
+        "--adapter", default="", metavar="FOLDER", help="of another training, as models/huanhuan-lora; else your own"
+    )
+    one = commands.add_parser("chat", help="talk to the trained persona", parents=[common, another], **how)
     one.add_argument("--history", action=argparse.BooleanOptionalAction, default=True, help="keep earlier turns")
     one.add_argument(
         "--beams", type=above_0, help="1: greedy; more: beam search. 4 for a small model, 1 for a large one"
@@ -122,9 +127,10 @@ def parser() -> Parser:
     for name, text in (("evaluate", evaluated), ("report", reported)):
         one = commands.add_parser(name, help=text, parents=[common], **how)
         one.add_argument("--rows", type=above_0, help="of each set; 96 for a small model, 32 for a large one")
-    one = commands.add_parser("merge", help="write the checkpoint with the adapter merged", parents=[common], **how)
+    merged = "write the checkpoint with the adapter merged"
+    one = commands.add_parser("merge", help=merged, parents=[common, another], **how)
     one.add_argument("folder", help="a new folder for the merged checkpoint")
-    one = commands.add_parser("export", help="write the persona for other engines", parents=[common], **how)
+    one = commands.add_parser("export", help="write the persona for other engines", parents=[common, another], **how)
     one.add_argument(
         "form", choices=("adapter", "split", "merged", "gguf", "gguf-merged"), help="notebook 09 has a table"
     )
@@ -161,13 +167,13 @@ def options_of(chosen: argparse.Namespace) -> object:
 
 def run(chosen: argparse.Namespace) -> None:
     """Run the chosen command."""
-    from course.model_folder import model_folder
+    from course.model_folder import model_folder, trained_folder
     from finetune import chat, checkpoint, train
 
     if chosen.command == "train":
         train.train(options_of(chosen))
     elif chosen.command == "chat":
-        chat.chat(chosen.load_in_4bit, chosen.history, chosen.beams, chosen.strength)
+        chat.chat(chosen.load_in_4bit, chosen.history, chosen.beams, chosen.strength, chosen.adapter)
     elif chosen.command == "evaluate":
         from finetune import evaluate
 
@@ -185,7 +191,8 @@ def run(chosen: argparse.Namespace) -> None:
     elif chosen.command == "export":
         from finetune import export
 
-        count = export.export(chosen.form, Path(chosen.folder), utils.settings(), chosen.type, strength=chosen.strength)
+        how = {"strength": chosen.strength, "adapter": chosen.adapter}
+        count = export.export(chosen.form, Path(chosen.folder), utils.settings(), chosen.type, **how)
         print(say("{count:,} tensors; in {folder}", count=count, folder=utils.shown(chosen.folder)))
     elif chosen.command == "share":
         from finetune import share
@@ -193,7 +200,7 @@ def run(chosen: argparse.Namespace) -> None:
         print(share.share(chosen.name, utils.settings(), chosen.public, chosen.license))
     else:
         course = utils.settings()
-        adapter = utils.require(course.output / "lora", "05_lora_training", course) / "adapter"
+        adapter = trained_folder(course, chosen.adapter) / "adapter"
         count = checkpoint.merge(model_folder(course), adapter, Path(chosen.folder))
         print(
             say(

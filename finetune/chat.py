@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import utils
 from course.language import say
-from course.model_folder import model_folder
+from course.model_folder import model_folder, trained_folder
 from finetune import lora
 from finetune.config import is_small
 from finetune.decode import Decoder, NoRepeatInAnswer
@@ -31,14 +31,22 @@ class Persona:
         load_in_4bit: hold the base in 4 bits. history: keep earlier turns in the prompt, as in the
             conversations of training. beams: 1 for greedy decoding, more for beam search,
             in which no pair of tokens comes twice in an answer. strength: multiplies the adapter's update.
+        adapter: the folder of another training than notebook 05's (`trained_folder`).
 
     Raises:
         CourseError: no trained adapter yet, or one of another model.
     """
 
-    def __init__(self, load_in_4bit: bool = False, history: bool = True, beams: int = 1, strength: float = 1.0) -> None:
+    def __init__(
+        self,
+        load_in_4bit: bool = False,
+        history: bool = True,
+        beams: int = 1,
+        strength: float = 1.0,
+        adapter: str = "",
+    ) -> None:
         course = utils.settings()
-        run_folder = utils.require(course.output / "lora", "05_lora_training", course)
+        run_folder = trained_folder(course, adapter)
         logging.disable_progress_bar()
         folder = model_folder(course)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -102,14 +110,18 @@ class Persona:
 
 
 def chat(
-    load_in_4bit: bool = False, history: bool = True, beams: int | None = None, strength: float | None = None
+    load_in_4bit: bool = False,
+    history: bool = True,
+    beams: int | None = None,
+    strength: float | None = None,
+    adapter: str = "",
 ) -> None:
     """Ask and answer until an empty line, or the end of the input.
 
     Args:
-        beams, strength: as for `Persona`; None takes what suits the size of the model.
+        beams, strength: as for `Persona`; None takes what suits the size of the model. adapter: as there.
     """
-    persona = Persona(load_in_4bit, history)
+    persona = Persona(load_in_4bit, history, adapter=adapter)
     usual = (BEAMS, STRENGTH) if is_small(persona.model.config) else (1, 1.0)
     persona.beams = usual[0] if beams is None else beams
     persona.strength = usual[1] if strength is None else strength

@@ -31,7 +31,7 @@ from transformers import AutoConfig
 
 import utils
 from course.language import say
-from course.model_folder import model_folder
+from course.model_folder import model_folder, trained_folder
 from finetune import checkpoint, gguf_file
 from finetune.config import mtp_layer_prefix
 from finetune.lora import adapter_fits
@@ -58,13 +58,13 @@ class Trained:
     config: Any
 
     @classmethod
-    def of(cls, course: utils.Settings) -> Trained:
-        """What notebook 05 or the command `train` has left.
+    def of(cls, course: utils.Settings, adapter: str = "") -> Trained:
+        """What notebook 05 or the command `train` has left, or what the folder `adapter` holds (`trained_folder`).
 
         Raises:
             CourseError: nothing trained yet, an adapter of another base, or one that holds nothing.
         """
-        run_folder = utils.require(course.output / "lora", "05_lora_training", course)
+        run_folder = trained_folder(course, adapter)
         base = model_folder(course)
         prompt = (run_folder / "prompt.json").read_text(encoding="utf-8")
         made = cls(base, run_folder / "adapter", prompt, AutoConfig.from_pretrained(base))
@@ -144,12 +144,14 @@ def export(
     kind: str = "f16",
     report: Callable[[str], None] = print,
     strength: float = 1.0,
+    adapter: str = "",
 ) -> int:
     """Write one form of the persona into a new folder.
 
     Args:
         form: one of `FORMS`. kind: type of the numbers in GGUF files, a name of `gguf_file.TYPES`.
         strength: multiplies the adapter's update, as in a chat (`chat.STRENGTH`).
+        adapter: the folder of another training than notebook 05's (`trained_folder`).
 
     Returns:
         How many tensors were written.
@@ -157,13 +159,13 @@ def export(
     Raises:
         CourseError: the folder holds something, too little disk, or whatever `Trained.of` finds wrong.
     """
-    trained = Trained.of(course)
+    trained = Trained.of(course, adapter)
     disk, memory = needed(form, trained, kind)
-    with new_folder(out, disk) as part, at_strength(trained.adapter, strength) as adapter:
+    with new_folder(out, disk) as part, at_strength(trained.adapter, strength) as scaled:
         report(
             say("writing {disk:.2f} GiB, with about {memory:.1f} GiB of memory", disk=disk / GIB, memory=memory / GIB)
         )
-        count = WRITERS[form](replace(trained, adapter=adapter), part, kind, report)
+        count = WRITERS[form](replace(trained, adapter=scaled), part, kind, report)
         (part / "prompt.json").write_text(trained.prompt, encoding="utf-8")
     return count
 

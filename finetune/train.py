@@ -85,7 +85,7 @@ def make_plan(options: Options, parts: dict[str, Any] | None = None) -> planner.
     rows: planner.Rows = planner.ROLE_PLAY
     if parts:
         held_out = {name: part for name, part in parts.items() if name != "train"}
-        rows = replace(planner.RealRows.of(parts["train"], held_out), shared=shared_tokens(parts["train"]))
+        rows = replace(planner.RealRows.of(parts["train"], held_out), shared=shared_prefix(parts["train"]))
     started, recipe, machine = parallel.launched(), completed(options, config, rows.count), this_machine(course.output)
     where = machine, started.processes, started.on_this_host
     made = planner.plan(config, recipe, rows, *where)
@@ -94,14 +94,6 @@ def make_plan(options: Options, parts: dict[str, Any] | None = None) -> planner.
         recorded = planner.plan(config, replace(recipe, recorded=True), rows, *where)
         made = recorded if recorded.fits else made
     return made
-
-
-def shared_tokens(rows: Any) -> int:
-    """How many tokens of these rows a pass computes once (`packing.shared_prefix`).
-
-    None on a GPU: flash attention with more keys than queries has not been compared there with whole samples yet.
-    """
-    return 0 if torch.cuda.is_available() else shared_prefix(rows)
 
 
 def tokenized(course: utils.Settings) -> dict[str, Any]:
@@ -313,7 +305,7 @@ def made_trainer(
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=PackedRows(shared_tokens(rows)),
+        data_collator=PackedRows(shared_prefix(rows)),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Progress(), *swanlab_callback(course, settings)],
     )

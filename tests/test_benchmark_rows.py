@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,21 +23,31 @@ QUESTIONS = [row["instruction"] + row["input"] for row in ROWS]
 
 def asked(**options):
     """The first questions of the rows that are chosen."""
-    samples = rows.chosen(Namespace(**({"share": 1.0, "more": 0.0, "court": 0.0, "repeated": 0} | options)))
+    samples = rows.chosen(Namespace(**({"share": 1.0, "also": [], "repeated": 0} | options)))
     assert all(sample.messages[0] == rows.SYSTEM for sample in samples)
     return [sample.messages[1]["content"] for sample in samples]
 
 
 def test_the_rows_are_a_share_of_each_file_and_the_first_ones_are_there_twice():
-    every, half, more = asked(), asked(share=0.5), asked(more=0.1)
+    every, half, more = asked(), asked(share=0.5), asked(also=[("more_rows", 0.1)])
     assert set(QUESTIONS) <= set(every) and len(half) == round(len(every) / 2) and set(half) < set(every)
     lines = (ROOT / "dataset" / "more_rows.jsonl").read_text("utf-8").splitlines()
     assert len(more) == len(every) + round(0.1 * len(lines))
-    lines = (ROOT / "dataset" / "court_rows.jsonl").read_text("utf-8").splitlines()
-    assert len(asked(court=0.1)) == len(every) + round(0.1 * len(lines))
     twice = asked(repeated=100)
     assert len(twice) == len(every) + 100 and all(twice.count(question) == 2 for question in QUESTIONS[:100])
     assert twice.count(QUESTIONS[100]) == 1
+
+
+def test_rows_can_be_read_more_than_once():
+    every, found = asked(), asked(share=2.5)
+    counts = {found.count(question) for question in QUESTIONS}
+    assert len(found) == 2 * len(every) + round(len(every) / 2) and counts == {2, 3}
+
+
+def test_a_file_that_is_not_there_is_named():
+    assert rows.other_file("her_rows=2") == ("her_rows", 2.0) and rows.other_file("her_rows") == ("her_rows", 1.0)
+    with pytest.raises(ArgumentTypeError, match="hers"):
+        rows.other_file("hers=2")
 
 
 def test_a_batch_has_rows_of_similar_length_and_a_pass_has_each_once():

@@ -69,7 +69,10 @@ def further(name):
     return [row for row in found if "output" in row], [row["messages"] for row in found if "messages" in row]
 
 
-@pytest.mark.parametrize(("name", "least"), [("more_rows", (4_000, 500)), ("court_rows", (7_000, 5_000))])
+FURTHER = {"more_rows": (4_000, 500), "court_rows": (7_000, 5_000), "her_rows": (6_000, 10_000)}
+
+
+@pytest.mark.parametrize(("name", "least"), FURTHER.items())
 def test_the_further_rows_are_new_and_hold_no_test_question(name, least):
     rows, conversations = further(name)
     assert len(rows) >= least[0] and len(conversations) >= least[1] and not order_faults(conversations)
@@ -77,13 +80,18 @@ def test_the_further_rows_are_new_and_hold_no_test_question(name, least):
     opened = [plain(row) for row in rows] + [re.sub(r"\W", "", messages[0]["content"]) for messages in conversations]
     assert max(Counter(plain(row) for row in rows).values()) == 1
     taken = {plain(row) for row in ROWS + HELDOUT}
-    for name in ("situations", "wordings"):
-        taken |= {plain(row) for row in json.loads((ROOT / "dataset" / f"heldout_{name}.json").read_text("utf-8"))}
+    for kind in ("situations", "wordings"):
+        taken |= {plain(row) for row in json.loads((ROOT / "dataset" / f"heldout_{kind}.json").read_text("utf-8"))}
     taken |= {re.sub(r"\W", "", talk[0]["content"]) for talk in talks("conversations") + talks("heldout_conversations")}
     assert not taken & set(opened)
-    if name == "court_rows":
+    if name != "more_rows":
         assert not {plain(row) for row in further("more_rows")[0]} & set(opened)
-    assert not [row for row in rows if re.search("模型|助手|程序|微调|[A-Za-z0-9]", row["output"])]
+    assert not [row for row in rows if re.search("模型|助手|程序(?!员)|微调|[A-Za-z0-9]", row["output"])]
+
+
+def test_no_later_question_of_her_rows_is_one_of_a_test():
+    asked = {turn["content"] for talk in further("her_rows")[1] for turn in talk if turn["role"] == "user"}
+    assert not asked & {turn["content"] for talk in talks("heldout_conversations") for turn in talk}
 
 
 def test_the_exchanges_of_the_court_tell_nobodys_story():

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 import utils
-from finetune import lora, train
+from finetune import lora
 from finetune.model import load_model
 from finetune.packing import Gathered, PackedRows, pad_to, shared_prefix
 from finetune.recorded import RecordedSteps, filled
@@ -112,12 +112,6 @@ def test_what_all_rows_begin_with_is_found():
     assert shared_prefix(Dataset.from_list([short, {"input_ids": SYSTEM[:2], "labels": [-100, 101]}])) == 0
     unlabelled = {"input_ids": SYSTEM, "labels": [-100] * len(SYSTEM)}
     assert shared_prefix(Dataset.from_list([unlabelled, unlabelled])) == len(SYSTEM) - 1  # each keeps a token
-
-
-def test_training_shares_them_on_a_processor_and_not_on_a_gpu(monkeypatch):
-    assert train.shared_tokens(Dataset.from_list(ROWS)) == len(SYSTEM)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert train.shared_tokens(Dataset.from_list(ROWS)) == 0
 
 
 def test_a_batch_with_another_beginning_is_packed_whole():

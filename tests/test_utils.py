@@ -182,7 +182,7 @@ def chat_parts(box):
         keep,
         show,
         box.children[2],
-        dict(zip(("base", "adapter"), box.children[3].children, strict=True)),
+        dict(zip(("base", "adapter", "longer"), box.children[3].children, strict=False)),
     )
 
 
@@ -195,6 +195,14 @@ def test_the_chat_box_answers_side_by_side_as_text():
         _, turn = column.children
         assert turn.value == f"Q: 你好\n<b>{name}: 你好</b>"
         assert type(turn).__name__ == "Textarea"  # it shows markup as text
+
+
+def test_the_chat_box_has_a_third_column_for_the_longer_training():
+    box = widgets.chat_box(lambda name, turns: name, lambda turns: "", longer=True)
+    _, button, _, _, _, columns = chat_parts(box)
+    button.click()
+    assert [column.children[1].value.splitlines()[1] for column in columns.values()] == ["base", "adapter", "longer"]
+    assert {column.layout.width for column in columns.values()} == {"33%"}
 
 
 def test_the_chat_box_keeps_the_conversation_only_when_asked():
