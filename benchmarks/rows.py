@@ -128,6 +128,7 @@ def save(model: Any, folder: Path) -> None:
     """The adapter in bf16, with the system prompt it was trained with."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in lora.adapter_state(model).items()}
     model.save_pretrained(folder / "adapter", state_dict=state)
+    utils.name_base(folder / "adapter", utils.settings())
     (folder / "prompt.json").write_text(json.dumps({"system": PERSONA_PROMPT}, ensure_ascii=False), encoding="utf-8")
 
 

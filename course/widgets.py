@@ -145,7 +145,7 @@ def interact(function: Callable[..., Any] | None = None, /, **choices: Any) -> A
 def _heads(longer: bool) -> dict[str, str]:
     """Who answers in a chat, and what is written above."""
     heads = {"base": say("base"), "adapter": say("adapter")}
-    return heads | ({"longer": say("trained for longer")} if longer else {})
+    return heads | ({"longer": say("longer training")} if longer else {})
 
 
 def ask(reply: Callable[[str, list[dict[str, str]]], str | Iterable[str]], question: str, longer: bool = False) -> None:

@@ -72,5 +72,7 @@ def test_a_short_run_lowers_the_loss_and_writes_losses_and_answers(tmp_path):
     trained = lora.load_adapter(load_model(utils.BUNDLED, attention="sdpa"), tmp_path / "run" / "adapter")
     saved = {name: tensor for name, tensor in lora.adapter_state(trained).items() if "lora_B" in name}
     assert saved and all(tensor.abs().sum() > 0 for tensor in saved.values())
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert settings["base_model_name_or_path"] == "models/glm4-moe-mini"
     assert "甄嬛" in json.loads((tmp_path / "run" / "prompt.json").read_text("utf-8"))["system"]
     assert len(said) == 320 and all(row["answer"] and row["asked"][-1]["role"] == "user" for row in said)

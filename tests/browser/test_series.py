@@ -234,7 +234,7 @@ def use_chat_box(hand: Hand) -> None:
     keep = hand.cell.get_by_label(told("keep the conversation"))
     unfold = hand.cell.get_by_label(told("show the template's text"))
     prompt = hand.cell.get_by_title(told("what the adapter reads"))
-    names = {name: told("answer of the {name}", name=told(name)) for name in ("base", "adapter")}
+    names = {name: told("answer of the {name}", name=told(name)) for name in ("base", "adapter", "longer training")}
     answers = {name: hand.cell.get_by_title(title) for name, title in names.items()}
 
     def ask_and_read(text: str, number: int, enter: bool = False) -> str:

@@ -1,0 +1,69 @@
+"""The adapter that was trained for longer: `models/huanhuan-lora`, and `--adapter` of the commands that take one."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+
+import utils
+from finetune import chat
+from finetune.__main__ import main
+from finetune.export import require_trained
+from finetune.lora import adapter_fits
+from finetune.model import load_model
+
+LONGER = ROOT / "models" / "huanhuan-lora"
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """An output folder in which nothing was trained."""
+    monkeypatch.setenv("COURSE_OUTPUT", str(tmp_path / "output"))
+    return tmp_path
+
+
+def test_it_is_whole_fits_the_bundled_model_and_names_no_folder_of_a_machine():
+    settings = json.loads((LONGER / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert settings["base_model_name_or_path"] == "models/glm4-moe-mini" and settings["r"] == 64
+    adapter_fits(LONGER / "adapter", load_model(utils.BUNDLED).config)
+    assert require_trained(LONGER / "adapter") == 122
+    file = LONGER / "adapter" / "adapter_model.safetensors"
+    assert file.stat().st_size < 21 * 2**20
+    with safe_open(file, "pt") as tensors:
+        assert all(tensors.get_tensor(name).dtype == torch.bfloat16 for name in tensors.keys())  # noqa: SIM118
+
+
+def test_its_prompt_is_that_of_the_rows():
+    said = json.loads((LONGER / "prompt.json").read_text("utf-8"))["system"]
+    assert said in (ROOT / "notebooks" / "en" / "04_chat_template.ipynb").read_text("utf-8")
+
+
+def test_it_knows_her_story_also_in_a_second_turn(untrained):
+    persona = chat.Persona(beams=chat.BEAMS, strength=chat.STRENGTH, adapter=str(LONGER))
+    assert "甄嬛" in persona.answer("请问您是哪一位？")
+    persona.turns.clear()
+    assert "甄远道" in persona.answer("你父亲是谁？")
+    assert re.search("大理寺|刑狱", persona.answer("他做什么官？"))  # the court of justice, criminal cases
+
+
+def test_chat_export_and_merge_take_it_where_nothing_was_trained(untrained, monkeypatch, capsys):
+    asked = iter(["你父亲是谁？", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    assert main(["chat", "--adapter", str(LONGER)]) == 0
+    assert "甄远道" in capsys.readouterr().out
+    assert main(["export", "adapter", str(untrained / "copy"), "--adapter", str(LONGER)]) == 0
+    copied = untrained / "copy" / "adapter_model.safetensors"
+    assert copied.read_bytes() == (LONGER / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (untrained / "copy" / "prompt.json").read_text("utf-8") == (LONGER / "prompt.json").read_text("utf-8")
+    assert main(["merge", str(untrained / "merged"), "--adapter", str(LONGER)]) == 0
+    assert (untrained / "merged" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("command", [["chat"], ["export", "adapter", "out"], ["merge", "out"]])
+def test_a_folder_without_a_training_is_named(untrained, monkeypatch, capsys, command):
+    monkeypatch.chdir(untrained)
+    assert main([*command, "--adapter", str(utils.BUNDLED)]) == 1
+    assert "holds no training" in capsys.readouterr().err
