@@ -34,7 +34,7 @@ LONG = ("05_lora_training", "06_inference", "07_failure_lab", "08_full_size")
 #: What takes the minutes in those of the Chinese series: from the first cell up to the second, which stays.
 LONG_CELLS = {"05_lora_training": ("05-40", "05-08"), "06_inference": ("06-23b", "06-49")}
 #: Quick cells among those, whose rule against repetition and whose import the chat uses.
-QUICK_CELLS = {"05_lora_training": (), "06_inference": ("06-46i", "06-46m", "06-46r")}
+QUICK_CELLS = {"05_lora_training": (), "06_inference": ("06-46i", "06-46m", "06-46r", "06-46z1", "06-46z3")}
 #: Cells behind these that use what they make (figures for the report, an exercise), and the merged model.
 USE_THEM = {"05_lora_training": (), "06_inference": ("06-55", "06-57", "06-58", "06-68", "06-69")}
 ALL = bool(os.environ.get("BROWSER_LONG"))
