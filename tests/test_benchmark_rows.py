@@ -33,6 +33,8 @@ def test_the_rows_are_a_share_of_each_file_and_the_first_ones_are_there_twice():
     assert set(QUESTIONS) <= set(every) and len(half) == round(len(every) / 2) and set(half) < set(every)
     lines = (ROOT / "dataset" / "more_rows.jsonl").read_text("utf-8").splitlines()
     assert len(more) == len(every) + round(0.1 * len(lines))
+    lines = (ROOT / "dataset" / "court_rows.jsonl").read_text("utf-8").splitlines()
+    assert len(asked(also=[("court_rows", 0.1)])) == len(every) + round(0.1 * len(lines))
     twice = asked(repeated=100)
     assert len(twice) == len(every) + 100 and all(twice.count(question) == 2 for question in QUESTIONS[:100])
     assert twice.count(QUESTIONS[100]) == 1

@@ -86,7 +86,7 @@ def test_the_further_rows_are_new_and_hold_no_test_question(name, least):
     assert not taken & set(opened)
     if name != "more_rows":
         assert not {plain(row) for row in further("more_rows")[0]} & set(opened)
-    assert not [row for row in rows if re.search("模型|助手|程序(?!员)|微调|[A-Za-z0-9]", row["output"])]
+    assert not [row for row in rows if re.search("模型|助手|程序|微调|[A-Za-z0-9]", row["output"])]
 
 
 def test_no_later_question_of_her_rows_is_one_of_a_test():

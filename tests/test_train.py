@@ -26,6 +26,7 @@ from finetune import chat, decode, lora, planner, resume, train
 from finetune import machine as machines
 from finetune.machine import Machine
 from finetune.model import GroupedGlm4MoeForCausalLM
+from finetune.packing import PackedRows, shared_prefix
 from notebooks import lesson, run_here, run_notebook
 
 STEPS = 10  # more than three epochs of 44 rows: two steps of 16 and one of 12 in each
@@ -409,6 +410,14 @@ def test_notebook_05_takes_4_bits_where_only_they_fit(command, prepared, data, m
     capsys.readouterr()
     status, printed, complaint = command("chat", "--load-in-4bit", output=output)
     assert status == 0 and not complaint and printed.splitlines()[1]
+
+
+def test_what_all_rows_begin_with_is_computed_once_a_pass(command, prepared, monkeypatch):
+    output, given = prepared("shared"), []
+    monkeypatch.setattr(train, "PackedRows", lambda shared=0: given.append(shared) or PackedRows(shared))
+    assert command("train", "--max-steps", "1", output=output)[0] == 0
+    rows = load_from_disk(str(output / "tokens" / "train"))
+    assert given[0] == shared_prefix(rows) > 10
 
 
 def test_samples_that_cannot_be_shared_out_are_refused(command, prepared):

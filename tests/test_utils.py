@@ -173,7 +173,7 @@ def test_the_local_hub_serves_only_its_folder(tmp_path):
                 urllib.request.urlopen(f"{base}?FilePath={path}")
 
 
-def chat_parts(box):
+def chat_parts(box, names=("base", "adapter")):
     """The chat box's question field, button, two switches, template text, and the column of each model."""
     (field, button), (keep, show) = (row.children for row in box.children[:2])
     return (
@@ -182,7 +182,7 @@ def chat_parts(box):
         keep,
         show,
         box.children[2],
-        dict(zip(("base", "adapter", "longer"), box.children[3].children, strict=False)),
+        dict(zip(names, box.children[3].children, strict=True)),
     )
 
 
@@ -199,7 +199,7 @@ def test_the_chat_box_answers_side_by_side_as_text():
 
 def test_the_chat_box_has_a_third_column_for_the_longer_training():
     box = widgets.chat_box(lambda name, turns: name, lambda turns: "", longer=True)
-    _, button, _, _, _, columns = chat_parts(box)
+    _, button, _, _, _, columns = chat_parts(box, ("base", "adapter", "longer"))
     button.click()
     assert [column.children[1].value.splitlines()[1] for column in columns.values()] == ["base", "adapter", "longer"]
     assert {column.layout.width for column in columns.values()} == {"33%"}
