@@ -15,6 +15,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm
 from finetune import checkpoint, packing, parallel, quantize
 from finetune.config import mtp_layer_prefix
 from finetune.experts import GroupedExperts
+from finetune.read_ahead import ReadAhead
 
 
 class NoMtpGlm4MoeForCausalLM(Glm4MoeForCausalLM):
@@ -24,6 +25,15 @@ class NoMtpGlm4MoeForCausalLM(Glm4MoeForCausalLM):
         super().__init__(config)
         self._keys_to_ignore_on_load_unexpected = {re.escape(mtp_layer_prefix(config))}
 
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+        """As in transformers, with the weights for a GPU read ahead unless each process takes a share of a tensor."""
+        load = Glm4MoeForCausalLM._load_pretrained_model
+        if state_dict is not None or not _only_gpus(load_config):
+            return load(model, state_dict, files, load_config, *args)
+        with ReadAhead(files, unused=mtp_layer_prefix(model.config)) as tensors:
+            return load(model, tensors, files, load_config, *args)
+
     # transformers looks into the source of the class's module for these two, and does not find its own classes here.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -32,6 +42,13 @@ class NoMtpGlm4MoeForCausalLM(Glm4MoeForCausalLM):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+
+def _only_gpus(load_config: Any) -> bool:
+    """Whether every tensor goes whole to a GPU, none of them to memory, disk, or in parts to several processes."""
+    places = [str(place) for place in (load_config.device_map or {}).values()]
+    on_gpus = all(place.isdigit() or place.startswith("cuda") for place in places)
+    return bool(places) and on_gpus and load_config.device_mesh is None and torch.cuda.is_available()
 
 
 class OneKernelNorm(Glm4MoeRMSNorm):
@@ -60,7 +77,9 @@ class GroupedGlm4MoeForCausalLM(NoMtpGlm4MoeForCausalLM):
 def load_model(
     folder: Path, load_in_4bit: bool = False, attention: str = "packed", grouped: bool = True
 ) -> NoMtpGlm4MoeForCausalLM:
-    """The model, ready for an adapter, in bounded host memory: shards are mapped and go to their device at once.
+    """The model, ready for an adapter, in bounded host memory.
+
+    Shards are mapped, or for one GPU read a little ahead (`read_ahead`), and their tensors go to the device at once.
 
     On a CPU it is float32. On one GPU bf16, or with `load_in_4bit` packed while it is read. Started by `torchrun` on
     several GPUs, each process keeps whole experts of its own, to which the others send their tokens (expert
