@@ -124,8 +124,8 @@ def parser() -> Parser:
     )
     one.add_argument("--strength", type=strength, help="multiplies the adapter's update. 0.7 for a small model, else 1")
     evaluated, reported = "base and adapter on questions never trained on", "write a page of results"
-    for name, text in (("evaluate", evaluated), ("report", reported)):
-        one = commands.add_parser(name, help=text, parents=[common], **how)
+    for name, text, parents in (("evaluate", evaluated, [common, another]), ("report", reported, [common])):
+        one = commands.add_parser(name, help=text, parents=parents, **how)
         one.add_argument("--rows", type=above_0, help="of each set; 96 for a small model, 32 for a large one")
     merged = "write the checkpoint with the adapter merged"
     one = commands.add_parser("merge", help=merged, parents=[common, another], **how)
@@ -177,7 +177,7 @@ def run(chosen: argparse.Namespace) -> None:
     elif chosen.command == "evaluate":
         from finetune import evaluate
 
-        evaluate.evaluate(chosen.load_in_4bit, chosen.rows)
+        evaluate.evaluate(chosen.load_in_4bit, chosen.rows, chosen.adapter)
     elif chosen.command == "report":
         from finetune import report
 

@@ -105,19 +105,21 @@ def measure(persona: Persona, rows: list[Conversation], condition: str) -> tuple
     return Figures(loss, stops, sum(equal) / len(rows)), [text for text, _ in said]
 
 
-def evaluate(load_in_4bit: bool = False, most: int | None = None) -> Path:
+def evaluate(load_in_4bit: bool = False, most: int | None = None, adapter: str = "") -> Path:
     """Measure base and adapter on every set, print a table, and write figures and answers to `evaluation.json`.
 
     In the file, `base` and `adapter` are with the persona's prompt, and `no_prompt` is the base without one.
 
     Args:
         most: rows of a set; None for 96 of a small model and 32 of a large one, as in notebook 06.
+        adapter: the folder of another training than notebook 05's; its file is called after it, as
+            `evaluation-huanhuan-lora.json`, and the learner's own stays.
 
     Raises:
         CourseError: no trained adapter, or something of an earlier notebook is missing.
     """
     course = utils.settings()
-    persona = Persona(load_in_4bit)
+    persona = Persona(load_in_4bit, adapter=adapter)
     sets = held_out(course, most or (96 if is_small(persona.model.config) else 32))
     found: dict[str, Any] = {}
     for name, rows in sets.items():
@@ -145,6 +147,9 @@ def evaluate(load_in_4bit: bool = False, most: int | None = None) -> Path:
     utils.table(lines, head)
     target = course.output / FILE
     facts = {"model": utils.shown(course.model), "load_in_4bit": load_in_4bit, "sets": found}
+    if adapter:
+        target = target.with_stem(f"{target.stem}-{Path(adapter).resolve().name}")
+        facts["trained"] = utils.shown(Path(adapter))
     utils.write_whole(target, json.dumps(facts, ensure_ascii=False, indent=1))
     print(say("figures and answers in {file}", file=utils.shown(target)))
     return target

@@ -20,8 +20,8 @@ def measured():
     return [json.loads(line) for line in MEASURED.read_text(encoding="utf-8").splitlines()]
 
 
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), *arguments]
+def run(*arguments, script="benchmark.py"):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -107,3 +107,28 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 1
     assert "--tiny" in done.stdout
     assert "does not fit" in done.stdout
+
+
+def test_loading_is_timed_in_both_ways(tmp_path):
+    out = tmp_path / "loading.jsonl"
+    done = run("--tiny", "--layers", "2", "--out", str(out), script="loading.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["read_ahead"] for row in rows] == [True, False, True]
+    measured = [json.loads(line) for line in (ROOT / "benchmarks/loading.jsonl").read_text("utf-8").splitlines()]
+    assert all(row.keys() == measured[0].keys() for row in rows + measured)
+    alone = run("--out", str(tmp_path / "unused.jsonl"), script="loading.py")
+    assert (alone.returncode, alone.stdout) == (1, "")
+    assert "--tiny" in alone.stderr
+
+
+def test_the_seconds_of_loading_are_those_measured():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/loading.jsonl").read_text("utf-8").splitlines()]
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for bits in (4, 16):
+        of_bits = {row["read_ahead"]: [] for row in rows if row["bits"] == bits}
+        for row in rows:
+            if row["bits"] == bits:
+                of_bits[row["read_ahead"]].append(f"{row['seconds']} s")
+        line = next(line for line in text.splitlines() if f"| {of_bits[False][0]}, " in line)
+        assert f"| {' and '.join(of_bits[True])}, " in line

@@ -62,8 +62,23 @@ def test_chat_export_and_merge_take_it_where_nothing_was_trained(untrained, monk
     assert (untrained / "merged" / "model.safetensors.index.json").is_file()
 
 
-@pytest.mark.parametrize("command", [["chat"], ["export", "adapter", "out"], ["merge", "out"]])
+@pytest.mark.parametrize("command", [["chat"], ["evaluate"], ["export", "adapter", "out"], ["merge", "out"]])
 def test_a_folder_without_a_training_is_named(untrained, monkeypatch, capsys, command):
     monkeypatch.chdir(untrained)
     assert main([*command, "--adapter", str(utils.BUNDLED)]) == 1
     assert "holds no training" in capsys.readouterr().err
+
+
+def test_evaluate_takes_it_and_leaves_the_learners_figures(untrained, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "require", lambda folder, *_: folder)  # as if notebook 03 had run
+    output = untrained / "output"
+    (output / "rows").mkdir(parents=True)
+    (output / "evaluation.json").write_text("{}", "utf-8")
+    assert main(["evaluate", "--rows", "2", "--adapter", str(LONGER)]) == 0
+    assert "evaluation-huanhuan-lora.json" in capsys.readouterr().out
+    found = json.loads((output / "evaluation-huanhuan-lora.json").read_text("utf-8"))
+    assert found["trained"].endswith("huanhuan-lora")
+    # Three turns end with a question that a reference answers: the longer training makes it likelier.
+    turns = found["sets"]["second turns"]
+    assert turns["adapter"]["loss"] < turns["base"]["loss"]
+    assert (output / "evaluation.json").read_text("utf-8") == "{}"
