@@ -97,7 +97,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
     how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output-dir", metavar="FOLDER", help="in the place of COURSE_OUTPUT")
+    common.add_argument("--output-dir", metavar="FOLDER", help="instead of COURSE_OUTPUT")
     common.add_argument("--load-in-4bit", action="store_true", help="weights in NF4, experts included")
     for name, text in (("plan", "say what a run needs and stop"), ("train", "train, or go on with an unfinished run")):
         one = commands.add_parser(name, help=text, parents=[common], **how)
@@ -141,7 +141,7 @@ def parser() -> Parser:
     one.add_argument("name", help="the repository: your name there, a slash, the adapter's name")
     one.add_argument("--public", action="store_true", help="everybody may see it; else only you")
     one.add_argument("--license", default="", help="an SPDX identifier; else that of the course's rows")
-    one.add_argument("--output-dir", metavar="FOLDER", help="in the place of COURSE_OUTPUT")
+    one.add_argument("--output-dir", metavar="FOLDER", help="instead of COURSE_OUTPUT")
     COMMANDS[:] = commands.choices.values()
     return top
 

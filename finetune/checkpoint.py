@@ -40,8 +40,13 @@ def shard_header(path: Path) -> dict[str, Any]:
             header = {}
     header.pop("__metadata__", None)
     if not header or 8 + length + max(entry["data_offsets"][1] for entry in header.values()) != path.stat().st_size:
-        raise CourseError(say("{path} is cut short or damaged. Delete it and run 02_download again.", path=shown(path)))
+        raise damaged(path)
     return header
+
+
+def damaged(path: Path) -> CourseError:
+    """The error of a file that ends before its last tensor does, or whose header cannot be read."""
+    return CourseError(say("{path} is cut short or damaged. Delete it and run 02_download again.", path=shown(path)))
 
 
 def check_shards(folder: Path) -> dict[str, Any]:

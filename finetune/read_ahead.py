@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import shard_header
+from finetune.checkpoint import damaged, shard_header
 
 #: Bytes that are read and not yet asked for, at most (and one tensor more for each thread).
 WINDOW = 2**30
@@ -45,7 +45,7 @@ class Stored:
         """The tensor.
 
         Raises:
-            OSError: the file ends before it.
+            CourseError: the file ends before it does.
         """
         locked = torch.cuda.is_available() and self.length <= LOCKED
         numbers = torch.empty(self.length, dtype=torch.uint8, pin_memory=locked)
@@ -54,7 +54,7 @@ class Stored:
             file.seek(self.begin)
             while room:
                 if not (got := file.readinto(room)):
-                    raise OSError(f"{self.path} ends too early")
+                    raise damaged(self.path)
                 room = room[got:]
         return numbers.view(self.dtype).view(self.shape)
 
@@ -77,7 +77,7 @@ class ReadAhead:
         window: bytes to be read ahead. threads: how many read.
 
     Raises:
-        CourseError: a file that is cut short.
+        CourseError: a file that is cut short; also when that is seen while tensors are read.
         KeyError: a type of numbers that `TYPES` does not have.
     """
 

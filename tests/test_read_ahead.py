@@ -75,7 +75,7 @@ def test_a_short_file_is_named(files: list[Path]) -> None:
     with pytest.raises(CourseError, match=r"2\.safetensors"):
         ReadAhead(files, "model.layers.11.")
     files[1].write_bytes(whole)
-    with pytest.raises(OSError, match=r"2\.safetensors"), ReadAhead(files, "-", window=1, threads=1) as tensors:
+    with pytest.raises(CourseError, match=r"2\.safetensors"), ReadAhead(files, "-", window=1, threads=1) as tensors:
         files[1].write_bytes(whole[:-200])  # while the model is loaded
         for name in ("model.layers.2.d", "model.layers.10.c", "model.layers.11.unused"):
             tensors[name][...]

@@ -150,7 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="store_true", help="store outputs and headers in the notebooks")
     parser.add_argument("--disturbed-anyway", action="store_true", help="store a run that others have slowed down, too")
-    parser.add_argument("--cell-seconds", type=int, help="limit of a cell, in the place of COURSE_CELL_SECONDS")
+    parser.add_argument("--cell-seconds", type=int, help="limit of a cell, instead of COURSE_CELL_SECONDS")
     options = parser.parse_args()
     try:
         course = utils.start()
