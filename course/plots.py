@@ -258,6 +258,7 @@ def routing_picture(shares: dict[str, Any], first_layer: int) -> utils.Shown:
         plot.set(title=translated(title), xlabel=say("expert"), ylabel=say("layer"))
         some = range(0, len(array), -(-len(array) // 12))
         plot.set_yticks(some, [first_layer + i for i in some])
+        plot.set_xticks(range(0, array.shape[1], -(-array.shape[1] // 16)))
         if array.size <= 200:  # with 128 experts the figures would cover the picture
             for i, row in enumerate(array):
                 for j, value in enumerate(row):
