@@ -188,12 +188,13 @@ def _measured(run: Run) -> list[str]:
     lines = ["## " + say("Measured"), ""]
     if not run.measured:
         return [*lines, say("Not measured: `python -m finetune evaluate` does it, then this card is made again."), ""]
-    head = [say("set"), say("questions"), say("loss, nats a token"), say("stops by itself")]
+    counted = any(rows for _, rows, *_ in run.measured)
+    head = [say("set"), *([say("questions")] if counted else []), say("loss, nats a token"), say("stops by itself")]
     lines += [say("Base and adapter, both with the prompt above, greedy decoding:"), ""]
-    lines += ["| " + " | ".join(head) + " |", "|---|---:|---:|---:|"]
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for name, rows, base, adapter in run.measured:
-        pair = f"{base['loss']:.2f} → {adapter['loss']:.2f} | {base['stops']:.0%} → {adapter['stops']:.0%}"
-        lines.append(f"| {translated(name)} | {rows or ''} | {pair} |")
+        figures = [f"{base[key]:{form}} → {adapter[key]:{form}}" for key, form in (("loss", ".2f"), ("stops", ".0%"))]
+        lines.append("| " + " | ".join((translated(name), *([str(rows)] if counted else []), *figures)) + " |")
     if run.examples:
         lines += ["", "| " + " | ".join((say("question"), say("base"), say("adapter"))) + " |", "|---|---|---|"]
         lines += ["| " + " | ".join(map(_cell, example)) + " |" for example in run.examples]
