@@ -234,6 +234,19 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes this file; when the system refuses, one message says what helps.
+
+    Raises:
+        CourseError: the file or its folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise not_written(path.parent, error) from None
+
+
 def _within(model: str) -> str:
     """A model of the project by its place in it, for the project's folder may be moved; any other as it is."""
     path = Path(model)
@@ -381,7 +394,8 @@ def require(path: Path, notebook: str, settings: Settings, **made_with: Any) -> 
     """
     try:
         facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        facts["data"], facts["model"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise CourseError(
             say(
                 "{path} is not there yet. Run notebook {notebook} first, then this cell again.",

@@ -79,6 +79,8 @@ def trained_folder(settings: utils.Settings, chosen: str = "") -> Path:
     if not chosen:
         return utils.require(settings.output / "lora", "05_lora_training", settings)
     folder = Path(chosen)
+    if not folder.is_absolute() and not folder.exists():  # a place in the project, from wherever it is named
+        folder = utils.ROOT / chosen
     if not ((folder / "adapter" / "adapter_config.json").is_file() and (folder / "prompt.json").is_file()):
         raise utils.CourseError(
             say(

@@ -68,6 +68,9 @@ class Parser(argparse.ArgumentParser):
         for flag in (one.partition("=")[0] for one in wrong if one.startswith("-")):
             same = flag.replace("_", "-")
             near = OTHER_NAMES.get(same) or next(iter(difflib.get_close_matches(same, flags)), "")
+            if near == flag:  # a flag of another command
+                meant.append(say("This command has no {flag}.", flag=flag))
+                continue
             meant += [say("For {flag} use {near}.", flag=flag, near=near)] if near else []
         advice = " ".join(meant) or say("--help lists all flags.")
         self.exit(2, f"{self.prog}: {message}. {advice}\n")
@@ -91,6 +94,17 @@ def strength(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    """A learning rate, as argparse takes it: a number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
 def parser() -> Parser:
     """The commands and their flags; every default is what notebook 05 uses."""
     top = Parser("python -m finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,17 +115,21 @@ def parser() -> Parser:
     common.add_argument("--load-in-4bit", action="store_true", help="weights in NF4, experts included")
     for name, text in (("plan", "say what a run needs and stop"), ("train", "train, or go on with an unfinished run")):
         one = commands.add_parser(name, help=text, parents=[common], **how)
-        one.add_argument("--batch-size", type=int, default=16, help="samples of one optimizer step, over all processes")
-        one.add_argument("--gradient-accumulation-steps", type=int, default=1, help="passes that a step is split into")
-        one.add_argument("--lora-rank", type=int, default=8, help="lora_alpha is 4 times this")
+        one.add_argument(
+            "--batch-size", type=above_0, default=16, help="samples of one optimizer step, over all processes"
+        )
+        one.add_argument(
+            "--gradient-accumulation-steps", type=above_0, default=1, help="passes that a step is split into"
+        )
+        one.add_argument("--lora-rank", type=above_0, default=8, help="lora_alpha is 4 times this")
         one.add_argument("--attention-only", action="store_true", help="LoRA on attention, 3 %% of the parameters")
-        one.add_argument("--epochs", type=int, help="2 for a small model, 3 for a large one; more to make 60 steps")
+        one.add_argument("--epochs", type=above_0, help="2 for a small model, 3 for a large one; more to make 60 steps")
         one.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever the epochs")
-        one.add_argument("--learning-rate", type=float, help="4e-3 for a small model, 1e-4 for a large one")
+        one.add_argument("--learning-rate", type=rate, help="4e-3 for a small model, 1e-4 for a large one")
         flag = {"action": argparse.BooleanOptionalAction}
         one.add_argument("--gradient-checkpointing", **flag, help="for a large model, in batches that need it")
         one.add_argument("--recorded-steps", **flag, help="a CUDA graph a step, for up to 32 samples on one GPU")
-        one.add_argument("--save-steps", type=int, default=50)
+        one.add_argument("--save-steps", type=above_0, default=50)
         one.add_argument("--seed", type=int, default=42)
     another = argparse.ArgumentParser(add_help=False)
     another.add_argument(
@@ -167,8 +185,7 @@ def options_of(chosen: argparse.Namespace) -> object:
 
 def run(chosen: argparse.Namespace) -> None:
     """Run the chosen command."""
-    from course.model_folder import model_folder, trained_folder
-    from finetune import chat, checkpoint, train
+    from finetune import chat, train
 
     if chosen.command == "train":
         train.train(options_of(chosen))
@@ -199,9 +216,9 @@ def run(chosen: argparse.Namespace) -> None:
 
         print(share.share(chosen.name, utils.settings(), chosen.public, chosen.license))
     else:
-        course = utils.settings()
-        adapter = trained_folder(course, chosen.adapter) / "adapter"
-        count = checkpoint.merge(model_folder(course), adapter, Path(chosen.folder))
+        from finetune import export
+
+        count = export.export("merged", Path(chosen.folder), utils.settings(), adapter=chosen.adapter)
         print(
             say(
                 "{count:,} tensors changed; the checkpoint is in {folder}",
@@ -226,6 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
     except utils.CourseError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(say("finetune: stopped"), file=sys.stderr)
+        return 130
     finally:
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_initialized():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ import utils
 from course.language import say
 from course.model_folder import model_folder, trained_folder
 from finetune import lora
+from finetune.adapter_folder import read_prompt
 from finetune.config import is_small
 from finetune.decode import Decoder, NoRepeatInAnswer
 from finetune.model import load_model
@@ -50,7 +50,7 @@ class Persona:
         logging.disable_progress_bar()
         folder = model_folder(course)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.system = json.loads((run_folder / "prompt.json").read_text(encoding="utf-8"))["system"]
+        self.system = read_prompt(run_folder)
         base = load_model(folder, load_in_4bit, attention="sdpa")
         self.model = lora.load_adapter(base, run_folder / "adapter").eval()
         self.model.config.use_cache = True
@@ -128,10 +128,16 @@ def chat(
     print(say("Ask a question; an empty line ends the conversation."))
     while question := _line():
         shown = ""
+        if not question.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in question):
+            print(say("This line is not UTF-8. Set the terminal to UTF-8, or type the question again."))
+            continue
         try:
             for text in persona.texts(question):
                 print(text.removeprefix(shown), end="", flush=True)
                 shown = text
+        except KeyboardInterrupt:  # stops this answer; the conversation goes on without it
+            print()
+            continue
         except utils.CourseError as error:  # too long: the next question begins a new conversation
             print(error, end="")
             persona.turns.clear()

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, Glm4MoeConfig
 
 from course.language import say
+from finetune.adapter_folder import adapter_settings
 from finetune.config import AIR, mtp_layer_prefix, tensors
 from finetune.lora import adapter_fits
 from utils import CourseError, shown
@@ -97,7 +98,7 @@ def updates(adapter: Path, config: Any) -> dict[str, Callable[[], torch.Tensor]]
 
     The names are the checkpoint's own: one tensor for each expert, `gate` and `up` apart.
     """
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = adapter_settings(adapter)
     scale, rank, experts = settings["lora_alpha"] / settings["r"], settings["r"], config.n_routed_experts
     inner = config.moe_intermediate_size
     file = safe_open(adapter / "adapter_model.safetensors", "pt")

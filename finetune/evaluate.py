@@ -8,6 +8,7 @@ are in the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 
 import utils
 from course.language import marked, say, translated
+from course.model_folder import trained_folder
 from course.rows import Conversation, load_rows
+from finetune.adapter_folder import WEIGHTS
 from finetune.chat import Persona
 from finetune.config import is_small
 from finetune.decode import ending_tokens
@@ -119,6 +122,13 @@ def evaluate(load_in_4bit: bool = False, most: int | None = None, adapter: str =
         CourseError: no trained adapter, or something of an earlier notebook is missing.
     """
     course = utils.settings()
+    target, trained = course.output / FILE, trained_folder(course, adapter)
+    if adapter:
+        target = target.with_stem(f"{target.stem}-{trained.resolve().name}")
+    with utils.writing(target):  # before minutes or hours of measuring
+        course.output.mkdir(parents=True, exist_ok=True)
+        utils.write_whole(target.with_suffix(".part"), "")
+        target.with_suffix(".part").unlink()
     persona = Persona(load_in_4bit, adapter=adapter)
     sets = held_out(course, most or (96 if is_small(persona.model.config) else 32))
     found: dict[str, Any] = {}
@@ -145,11 +155,24 @@ def evaluate(load_in_4bit: bool = False, most: int | None = None, adapter: str =
     ]
     head = ("", "", say("loss, nats a token"), say("stops by itself"), say("equals the reference"))
     utils.table(lines, head)
-    target = course.output / FILE
     facts = {"model": utils.shown(course.model), "load_in_4bit": load_in_4bit, "sets": found}
     if adapter:
-        target = target.with_stem(f"{target.stem}-{Path(adapter).resolve().name}")
-        facts["trained"] = utils.shown(Path(adapter))
-    utils.write_whole(target, json.dumps(facts, ensure_ascii=False, indent=1))
+        weights = hashlib.sha256((trained / "adapter" / WEIGHTS).read_bytes()).hexdigest()
+        facts |= {"trained": utils.shown(Path(adapter)), "weights_sha256": weights}
+        _keep_another(target, weights)
+    with utils.writing(target):
+        utils.write_whole(target, json.dumps(facts, ensure_ascii=False, indent=1))
     print(say("figures and answers in {file}", file=utils.shown(target)))
     return target
+
+
+def _keep_another(target: Path, weights: str) -> None:
+    """Keep the figures of another adapter whose folder has the same name, as `NAME-previous.json`, and say so."""
+    try:
+        found = json.loads(target.read_text(encoding="utf-8")).get("weights_sha256")
+    except (OSError, ValueError, AttributeError):
+        return
+    if found not in (None, weights):
+        kept = target.with_stem(f"{target.stem}-previous")
+        target.replace(kept)
+        print(say("the figures of another adapter are kept in {file}", file=utils.shown(kept)))

@@ -33,6 +33,7 @@ import utils
 from course.language import say
 from course.model_folder import model_folder, trained_folder
 from finetune import checkpoint, gguf_file
+from finetune.adapter_folder import adapter_settings, read_prompt
 from finetune.config import mtp_layer_prefix
 from finetune.lora import adapter_fits
 from finetune.resume import FULL_DISK
@@ -66,7 +67,7 @@ class Trained:
         """
         run_folder = trained_folder(course, adapter)
         base = model_folder(course)
-        prompt = (run_folder / "prompt.json").read_text(encoding="utf-8")
+        prompt = json.dumps({"system": read_prompt(run_folder)}, ensure_ascii=False)
         made = cls(base, run_folder / "adapter", prompt, AutoConfig.from_pretrained(base))
         adapter_fits(made.adapter, made.config)
         require_trained(made.adapter)
@@ -179,11 +180,11 @@ def at_strength(adapter: Path, strength: float) -> Iterator[Path]:
     if strength == 1:
         yield adapter
         return
-    settings = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = adapter_settings(adapter)
     settings["lora_alpha"] *= strength
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for path in adapter.iterdir():
+        for path in files_of(adapter):
             if path.name != CONFIG_FILE:
                 (folder / path.name).symlink_to(path.absolute())
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -197,10 +198,13 @@ def new_folder(out: Path, disk: int) -> Iterator[Path]:
     Raises:
         CourseError: `out` is there already, or less than `disk` bytes are free.
     """
+    out = out.absolute() if out.name else out.resolve()  # "." has no name that a folder beside it could get
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CourseError(say("{folder} is a file or a link. Name a new folder.", folder=shown(out)))
     checkpoint.require_room(out, disk)
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed export left
+    part = out.with_name(f".{out.name}.unfinished-export")  # hidden: no folder of the user's has this name
     try:
+        shutil.rmtree(part, ignore_errors=True)  # what a killed export left
         part.mkdir(parents=True)
         yield part
         if out.is_dir():
@@ -217,10 +221,15 @@ def new_folder(out: Path, disk: int) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def files_of(adapter: Path) -> list[Path]:
+    """The files of an adapter's folder; a folder in it, as JupyterLab makes for its checkpoints, is no part of it."""
+    return [path for path in sorted(adapter.iterdir()) if path.is_file()]
+
+
 def needed(form: str, trained: Trained, kind: str) -> tuple[int, int]:
     """Bytes of disk and of memory that a form takes; memory without Python and its libraries (about 0.5 GiB)."""
     config = trained.config
-    adapter = sum(path.stat().st_size for path in trained.adapter.iterdir())
+    adapter = sum(path.stat().st_size for path in files_of(trained.adapter))
     shards = [path.stat().st_size for path in trained.base.glob("*.safetensors")]
     expert = config.hidden_size * config.moe_intermediate_size
     if form in ("adapter", "split"):  # the split one repeats the A of `gate_up`: for `gate` and for `up`
@@ -236,7 +245,7 @@ def needed(form: str, trained: Trained, kind: str) -> tuple[int, int]:
 
 
 def _adapter(trained: Trained, out: Path, kind: str, report: Callable[[str], None]) -> int:
-    for path in trained.adapter.iterdir():
+    for path in files_of(trained.adapter):
         shutil.copy2(path, out)
     return require_trained(out)
 
@@ -256,7 +265,7 @@ def _split(trained: Trained, out: Path, kind: str, report: Callable[[str], None]
     modules = [module for module in MODULES if any(f".{module}.lora_A." in name for name in made)]
     settings |= {"target_modules": modules, "target_parameters": None}
     (out / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    for path in trained.adapter.iterdir():
+    for path in files_of(trained.adapter):
         if path.name not in ("adapter_model.safetensors", CONFIG_FILE):
             shutil.copy2(path, out)
     return require_trained(out, split=True)

@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors import safe_open
 
 from course.language import say
+from finetune.adapter_folder import adapter_settings
 from finetune.config import mtp_layer_prefix
 from utils import CourseError, shown
 
@@ -194,7 +195,7 @@ def write_adapter(adapter: Path, config: Any, target: Path) -> int:
     Raises:
         CourseError: a tensor for which llama.cpp has no name.
     """
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = adapter_settings(adapter)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4_MOE, config.num_hidden_layers)
     found = []
     for name, a, b in fused_factors(adapter, config):

@@ -7,7 +7,6 @@ tensor is computed, not what it is.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 
 from course.language import say
+from finetune.adapter_folder import adapter_settings, adapter_shapes
 from finetune.config import ALL_GROUPS, EXPERT_TENSORS, GROUPS
 from finetune.experts import GroupedExperts
 from utils import CourseError, shown
@@ -216,16 +215,15 @@ def adapter_fits(folder: Path, config: Any) -> None:
     """Compare the adapter's shapes with the model's configuration.
 
     Raises:
-        CourseError: it was trained on a model with other sizes, or more layers.
+        CourseError: it was trained on a model with other sizes, or more layers, or its files are damaged.
     """
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        names = list(file.keys())
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    shapes = adapter_shapes(folder)
+    names = list(shapes)
     layers = 1 + max((int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\.", name))), default=-1)
     if all(".layers.0." in name for name in names):  # the dense layer only: nothing is known of the others
         layers = config.num_hidden_layers
     hidden = next((shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name), config.hidden_size)
-    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank = adapter_settings(folder)["r"]
     experts = {shape[0] // rank for name, shape in shapes.items() if re.search(r"mlp\.experts\..*lora_A", name)}
     found = (hidden, layers, experts.pop() if experts else config.n_routed_experts)
     wanted = (config.hidden_size, config.num_hidden_layers, config.n_routed_experts)

@@ -1,6 +1,7 @@
 """What other engines load: each form against peft and transformers, and what is refused."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -266,7 +267,7 @@ ONE = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
             r"1 of 61 matrices lora_B are zero \(.*2.self_attn.q",
         ),
         (lambda found: {name: tensor for name, tensor in found.items() if name != ONE}, "q_proj.lora_B.* no partner"),
-        (lambda found: found | {ONE: torch.zeros(384, 0)}, "q_proj.lora_B.weight has no rank"),
+        (lambda found: found | {ONE: torch.zeros(384, 0)}, "r is 8, .*q_proj.lora_B.weight has 0"),
         (
             lambda found: without(found, "shared_experts"),
             "names shared_experts.down_proj.weight, shared_experts.gate",
@@ -282,9 +283,9 @@ ONE = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
 def test_an_adapter_that_holds_nothing_somewhere_is_refused(output, tmp_path, monkeypatch, change, said):
     course = damaged(output, tmp_path, monkeypatch, change)
     for form in export.FORMS:
-        with pytest.raises(utils.CourseError, match=f"{said}.*Nothing was written"):
+        with pytest.raises(utils.CourseError, match=f"{said}.*(Nothing was written|or train the adapter again)"):
             quiet(form, tmp_path / "out", course)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_an_adapter_of_another_base_is_refused(output, tmp_path, monkeypatch):
@@ -345,11 +346,105 @@ def test_a_disk_that_is_full_is_one_message_in_every_form(course, tmp_path, monk
 
 
 def test_after_a_killed_export_the_next_one_starts_anew(course, tmp_path):
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "base.gguf").write_bytes(b"half")
+    half = tmp_path / ".out.unfinished-export"
+    half.mkdir()
+    (half / "base.gguf").write_bytes(b"half")
+    theirs = tmp_path / "out.part"  # a folder of the user's, whatever it is called
+    theirs.mkdir()
     quiet("split", tmp_path / "out", course)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
     assert not (tmp_path / "out" / "base.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_a_target_that_is_no_folder_is_refused_before_anything_is_written(course, tmp_path, kind):
+    target, said = tmp_path / "out", []
+    if kind == "a file":
+        target.write_text("mine", "utf-8")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(utils.CourseError, match="out is a file or a link"):
+        export.export("merged", target, course, report=said.append)
+    assert not said
+    assert kind == "a link" or target.read_text("utf-8") == "mine"
+
+
+def test_an_empty_folder_may_be_named_by_a_dot(course, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert quiet("adapter", Path(), course) == 2 * 61
+    assert (tmp_path / "here" / "adapter_config.json").is_file()
+
+
+def test_a_folder_beside_the_adapters_files_is_left_out(course, trained, tmp_path, output, monkeypatch):
+    copied = damaged(output, tmp_path, monkeypatch, dict)
+    (tmp_path / "damaged" / "lora" / "adapter" / ".ipynb_checkpoints").mkdir()
+    assert quiet("adapter", tmp_path / "out", copied) == 2 * 61
+    assert not (tmp_path / "out" / ".ipynb_checkpoints").exists()
+
+
+WEIGHTS, SETTINGS, PROMPT = "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "prompt.json"
+
+
+def with_settings(**changes):
+    """A change of `adapter_config.json`; None takes a setting out."""
+
+    def change(text):
+        found = json.loads(text) | changes
+        return json.dumps({key: value for key, value in found.items() if value is not None}).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (WEIGHTS, lambda text: text[:1000], "adapter_model.safetensors cannot be used"),
+        (WEIGHTS, lambda text: b"", "adapter_model.safetensors cannot be used"),
+        (WEIGHTS, lambda text: b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (WEIGHTS, None, r"adapter_model.safetensors (cannot be used .No such file|there)"),
+        (SETTINGS, lambda text: text[:100], "adapter_config.json cannot be used"),
+        (SETTINGS, lambda text: b"[]", "adapter_config.json cannot be used .no JSON object"),
+        (SETTINGS, with_settings(r=None), "adapter_config.json cannot be used .r is None"),
+        (SETTINGS, with_settings(r=16), r"adapter_config.json cannot be used .r is 16, .*q_proj.* has 8"),
+        (SETTINGS, with_settings(lora_alpha="32"), "adapter_config.json cannot be used .lora_alpha is 32"),
+        (SETTINGS, with_settings(use_rslora=True), "use_rslora is set; this course computes plain LoRA"),
+        (PROMPT, lambda text: b'{"system": ', "prompt.json cannot be used"),
+        (PROMPT, lambda text: b'{"system": 5}', "prompt.json cannot be used .system is 5"),
+        (PROMPT, lambda text: '{"system": "你"}'.encode("gbk"), "prompt.json cannot be used"),
+    ],
+)
+def test_a_damaged_file_is_named_by_every_command(output, tmp_path, monkeypatch, capsys, name, change, said):
+    damaged(output, tmp_path, monkeypatch, dict)
+    path = tmp_path / "damaged" / "lora" / name
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    target = str(tmp_path / "out")
+    for arguments in (
+        ["chat"],
+        ["merge", target],
+        *(["export", form, target] for form in ("adapter", "split", "gguf")),
+    ):
+        assert command.main(arguments) == 1, arguments
+        assert re.search(said, capsys.readouterr().err.replace("\n", " ")), arguments
+        assert not [found for found in tmp_path.iterdir() if "out" in found.name], arguments
+
+
+def test_a_prompt_with_a_byte_order_mark_is_read(output, tmp_path, monkeypatch):
+    damaged(output, tmp_path, monkeypatch, dict)
+    prompt = tmp_path / "damaged" / "lora" / "prompt.json"
+    prompt.write_bytes(b"\xef\xbb\xbf" + prompt.read_bytes())
+    assert "甄嬛" in export.Trained.of(utils.settings()).prompt
+
+
+def test_merge_refuses_what_export_refuses(output, tmp_path, monkeypatch, capsys):
+    damaged(output, tmp_path, monkeypatch, lambda found: found | {ONE: torch.zeros_like(found[ONE])})
+    assert command.main(["merge", str(tmp_path / "out")]) == 1
+    assert "1 of 61 matrices lora_B are zero" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_a_form_and_says_so(course, tmp_path, capsys):

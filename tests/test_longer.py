@@ -9,6 +9,7 @@ from conftest import ROOT
 from safetensors import safe_open
 
 import utils
+from course.model_folder import trained_folder
 from finetune import chat
 from finetune.__main__ import main
 from finetune.export import require_trained
@@ -82,3 +83,74 @@ def test_evaluate_takes_it_and_leaves_the_learners_figures(untrained, monkeypatc
     turns = found["sets"]["second turns"]
     assert turns["adapter"]["loss"] < turns["base"]["loss"]
     assert (output / "evaluation.json").read_text("utf-8") == "{}"
+
+
+def test_figures_of_another_adapter_with_the_same_folder_name_are_kept(untrained, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "require", lambda folder, *_: folder)
+    output = untrained / "output"
+    output.mkdir()
+    file = output / "evaluation-huanhuan-lora.json"
+    file.write_text(json.dumps({"weights_sha256": "another"}), "utf-8")
+    assert main(["evaluate", "--rows", "1", "--adapter", str(LONGER)]) == 0
+    assert "evaluation-huanhuan-lora-previous.json" in capsys.readouterr().out
+    kept = json.loads((output / "evaluation-huanhuan-lora-previous.json").read_text("utf-8"))
+    assert kept == {"weights_sha256": "another"}
+    assert json.loads(file.read_text("utf-8"))["weights_sha256"] != "another"
+
+
+def test_evaluate_sees_before_it_measures_that_nothing_can_be_written(untrained, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "require", lambda folder, *_: folder)
+    (untrained / "output").write_text("a file", "utf-8")
+    assert main(["evaluate", "--rows", "1", "--adapter", str(LONGER)]) == 1
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err and "questions asked" not in said.out
+
+
+def test_the_projects_adapter_is_found_from_any_folder(untrained, monkeypatch):
+    monkeypatch.chdir(untrained)
+    assert trained_folder(utils.settings(), "models/huanhuan-lora") == LONGER
+
+
+def test_a_line_of_another_encoding_and_a_stopped_answer_do_not_end_the_chat(untrained, monkeypatch, capsys):
+    asked = iter(["你是谁".encode("gbk").decode("utf-8", "surrogateescape"), "你是谁？", "你父亲是谁？", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    answers, calls = chat.Persona.texts, []
+
+    def stopped_once(persona, question, *more):
+        calls.append(question)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield from answers(persona, question, *more)
+
+    monkeypatch.setattr(chat.Persona, "texts", stopped_once)
+    assert main(["chat", "--adapter", str(LONGER)]) == 0
+    said = capsys.readouterr().out
+    assert calls == ["你是谁？", "你父亲是谁？"]
+    assert "not UTF-8" in said and "甄远道" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch-size", "0"],
+        ["--batch-size", "-4"],
+        ["--gradient-accumulation-steps", "0"],
+        ["--lora-rank", "-1"],
+        ["--epochs", "-2"],
+        ["--save-steps", "0"],
+        ["--learning-rate", "nan"],
+        ["--learning-rate", "0"],
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", *flags])
+    said = capsys.readouterr().err
+    assert flags[0] in said and f"'{flags[1]}' is no" in said
+
+
+def test_a_flag_of_another_command_is_not_recommended(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--adapter", "models/huanhuan-lora"])
+    said = capsys.readouterr().err
+    assert "This command has no --adapter" in said and "use --adapter" not in said
