@@ -394,7 +394,7 @@ def require(path: Path, notebook: str, settings: Settings, **made_with: Any) -> 
     """
     try:
         facts = json.loads((path / "made_from.json").read_text(encoding="utf-8"))
-        facts["data"], facts["model"]
+        facts["data"], facts["model"]  # a file without them says nothing either
     except (OSError, ValueError, KeyError, TypeError):
         raise CourseError(
             say(

@@ -76,6 +76,8 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise damaged(file, getattr(error, "strerror", None) or error) from None
     rank = adapter_settings(folder)["r"]
     for name, shape in shapes.items():
+        if 0 in shape:  # a matrix without a rank, which `export.require_trained` names
+            continue
         found = shape[0] if ".lora_A." in name else shape[-1]
         # The factors of all experts of a layer are stored as one matrix: as many rows or columns as experts times rank.
         whole = found % rank == 0 if ".mlp.experts." in name else found == rank

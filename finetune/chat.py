@@ -128,7 +128,7 @@ def chat(
     print(say("Ask a question; an empty line ends the conversation."))
     while question := _line():
         shown = ""
-        if not question.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in question):
+        if any("\udc80" <= letter <= "\udcff" for letter in question):
             print(say("This line is not UTF-8. Set the terminal to UTF-8, or type the question again."))
             continue
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,8 +128,7 @@ def evaluate(load_in_4bit: bool = False, most: int | None = None, adapter: str =
         target = target.with_stem(f"{target.stem}-{trained.resolve().name}")
     with utils.writing(target):  # before minutes or hours of measuring
         course.output.mkdir(parents=True, exist_ok=True)
-        utils.write_whole(target.with_suffix(".part"), "")
-        target.with_suffix(".part").unlink()
+        tempfile.TemporaryFile(dir=course.output).close()
     persona = Persona(load_in_4bit, adapter=adapter)
     sets = held_out(course, most or (96 if is_small(persona.model.config) else 32))
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ import torch
 
 from finetune.checkpoint import damaged, shard_header
 
-#: Bytes that are read and not yet asked for, at most (and one tensor more for each thread).
+#: Bytes that are read and not yet asked for, at most (and one tensor more).
 WINDOW = 2**30
 #: Larger tensors are not page-locked: torch keeps such memory, in powers of two.
 LOCKED = 2**26
